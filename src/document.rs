@@ -9,6 +9,7 @@ use std::path::Path;
 
 use bytes::BufMut;
 use serde::Serialize;
+use tracing::warn;
 use zeroize::Zeroize;
 
 use crate::{
@@ -16,6 +17,7 @@ use crate::{
     crypto::{SecretKey, hmac_sha256, tags_equal},
     error::Location,
     ids::StoreId,
+    io,
     wire::{CRC_LEN, Cursor, DecodeError, Features, put_crc, require, strip_crc},
 };
 
@@ -25,6 +27,37 @@ const FIXED_LEN: usize = 80;
 /// The offset of the lengths of the two parts.
 const LENGTHS_AT: usize = 72;
 const TAG_LEN: usize = 32;
+
+/// Whether the second copy of a file may take its place after this error of the file. A file of the
+/// wrong type, or one of another version of envelog, is neither lost nor damaged.
+pub(crate) fn may_be_lost(error: &Error) -> bool {
+    !matches!(
+        error,
+        Error::WrongFileType { .. }
+            | Error::NewerFormat { .. }
+            | Error::OlderFormat { .. }
+            | Error::UnsupportedFeature { .. }
+    )
+}
+
+/// Loads a document that exists twice: from its file `path`, or from the second copy if the file is
+/// lost or damaged.
+///
+/// # Errors
+/// The error of the file, if its second copy cannot be loaded either.
+pub(crate) fn load_either<T>(
+    path: &Path,
+    mut load: impl FnMut(&Path) -> crate::Result<T>,
+) -> crate::Result<T> {
+    let error = match load(path) {
+        Err(error) if may_be_lost(&error) => error,
+        loaded => return loaded,
+    };
+    let copy = io::copy_path(path);
+    let loaded = load(&copy).map_err(|_| error.clone())?;
+    warn!(path = %path.display(), %error, "file lost or damaged; its second copy is in use");
+    Ok(loaded)
+}
 
 /// The longest document in bytes.
 pub(crate) const DOCUMENT_BYTES_MAX: u64 = 128 << 20;

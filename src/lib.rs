@@ -103,10 +103,11 @@ pub mod admin {
         shard::{AcceptedLoss, RecoveryNotice, RepairOptions, RepairReport},
         store::{
             Anchor, AnchorPlace, AnchorStatus, Checkpoint, CmkVersionUsage, DataKeyUsage,
-            DeleteReport, DirAnchor, KeyNeed, KeyUsage, MasterKeyUsage, RecoverReport, Recoverable,
-            ReplaceCmk, RetainOptions, RetentionReport, RetentionStatus, RewrapOptions,
-            RewrapProgress, RewrapReport, ServiceKeyUsage, ServiceRotation, VerifyFault,
-            VerifyOptions, VerifyProgress, VerifyReport,
+            DeleteReport, DirAnchor, FailedRepair, KeyNeed, KeyUsage, MasterKeyUsage,
+            RecoverReport, Recoverable, ReplaceCmk, RetainOptions, RetentionReport,
+            RetentionStatus, RewrapOptions, RewrapProgress, RewrapReport, ServiceKeyUsage,
+            ServiceRotation, ShardRepair, StoreRepairReport, VerifyFault, VerifyOptions,
+            VerifyProgress, VerifyReport,
         },
     };
 }

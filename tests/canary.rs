@@ -234,8 +234,9 @@ impl Watched {
 fn compressions(watched: &Watched, logstore: &Logstore) -> Vec<Compression> {
     let dir = watched.world.logstore_dir(logstore);
     let image = watched.disk.image();
-    let segments =
-        image.files.iter().filter(|(path, _)| path.starts_with(&dir) && path.extension().is_some());
+    let segments = image.files.iter().filter(|(path, _)| {
+        path.starts_with(&dir) && path.extension().is_some_and(|ext| ext == "seg")
+    });
     let mut found = Vec::new();
     for (_, bytes) in segments {
         let mut at = SegmentHeader::decode(bytes).unwrap().body_start as usize;
@@ -409,7 +410,9 @@ fn whole_life(traced: &Traced) {
     let (path, bytes) = image
         .files
         .iter()
-        .find(|(path, _)| path.starts_with(&dir) && path.extension().is_some())
+        .find(|(path, _)| {
+            path.starts_with(&dir) && path.extension().is_some_and(|ext| ext == "seg")
+        })
         .unwrap();
     let at = SegmentHeader::decode(bytes).unwrap().body_start as usize;
     let block = at..at + BlockHeader::decode(&bytes[at..]).unwrap().block_len() as usize;

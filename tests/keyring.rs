@@ -242,7 +242,7 @@ fn a_logstore_that_cannot_be_rewrapped_stops_no_other() {
     store.close().unwrap();
     let broken = meta_path(&world.logstore_dir(&b));
     let good = fs::read(&broken).unwrap();
-    fs::write(&broken, &good[1..]).unwrap();
+    write_both(&broken, &good[1..]);
     let store = world.open();
     let error = store.keys().rotate_service_key().unwrap_err();
     assert!(matches!(error, Error::Corrupt { .. }), "{error:?}");
@@ -250,7 +250,7 @@ fn a_logstore_that_cannot_be_rewrapped_stops_no_other() {
         assert_eq!(envelopes(&world, logstore)[0].1, Some(2), "{}", logstore.name());
     }
     // Once the file is restored, the rotation can be continued.
-    fs::write(&broken, &good).unwrap();
+    write_both(&broken, &good);
     assert_eq!(texts(&store.logstore(b.name()).unwrap()), ["one"]);
     assert_eq!(envelopes(&world, &b)[0].1, Some(1));
     assert_eq!(store.keys().rotate_service_key().unwrap(), 2);
@@ -329,27 +329,27 @@ fn metadata_is_bound_to_store_logstore_and_name() {
     let (of_a, of_b) = (fs::read(meta(&a)).unwrap(), fs::read(meta(&b)).unwrap());
     let tampered = |error: &Error| matches!(error, Error::Tampered { .. });
     // The metadata of one Logstore replaces that of the other.
-    fs::write(meta(&a), &of_b).unwrap();
+    write_both(&meta(&a), &of_b);
     scene.assert_refused("p/a", tampered);
     // The metadata of a Logstore in another store, which has another keyring.
-    fs::copy(meta_path(&scene.other.logstore_dir(&foreign)), meta(&a)).unwrap();
+    write_both(&meta(&a), &fs::read(meta_path(&scene.other.logstore_dir(&foreign))).unwrap());
     scene.assert_refused("p/a", tampered);
     // None at all, and half of it.
     let of_a_at = meta(&a);
-    fs::remove_file(&of_a_at).unwrap();
+    remove_both(&of_a_at);
     scene.assert_refused("p/a", |error| matches!(error, Error::Truncated { .. }));
-    fs::write(of_a_at, &of_a[..of_a.len() / 2]).unwrap();
+    write_both(&of_a_at, &of_a[..of_a.len() / 2]);
     scene.assert_refused("p/a", |error| matches!(error, Error::Truncated { .. }));
     // A flipped bit, and then also a corrected CRC.
     let mut forged = of_a.clone();
     forged[100] ^= 1;
-    fs::write(meta(&a), &forged).unwrap();
+    write_both(&meta(&a), &forged);
     scene.assert_refused("p/a", |error| matches!(error, Error::Corrupt { .. }));
     fix_crc(&mut forged);
-    fs::write(meta(&a), &forged).unwrap();
+    write_both(&meta(&a), &forged);
     scene.assert_refused("p/a", tampered);
     // The other Logstore is not affected, and restoring the file restores the Logstore.
-    fs::write(meta(&a), &of_a).unwrap();
+    write_both(&meta(&a), &of_a);
     let store = scene.world.open();
     for text in ["p/a", "p/b"] {
         assert_eq!(texts(&store.logstore(&name(text)).unwrap()), ["secret"]);
@@ -373,8 +373,11 @@ fn a_directory_under_another_logstores_id_is_refused() {
         scene.assert_refused(text, |error| matches!(error, Error::RolledBack { .. }));
     }
     // Nor with the names of the metadata that was there.
-    fs::rename(meta_path(&dir_a), dir_a.join(of_a.file_name().unwrap())).unwrap();
-    fs::rename(meta_path(&dir_b), dir_b.join(of_b.file_name().unwrap())).unwrap();
+    for (dir, of) in [(&dir_a, &of_a), (&dir_b, &of_b)] {
+        let (found, name) = (meta_path(dir), dir.join(of.file_name().unwrap()));
+        fs::rename(copy_path(&found), copy_path(&name)).unwrap();
+        fs::rename(found, name).unwrap();
+    }
     for text in ["p/a", "p/b"] {
         scene.assert_refused(text, |error| matches!(error, Error::Tampered { .. }));
     }
@@ -390,7 +393,7 @@ fn documents_of_the_store_itself_are_bound_to_it() {
         };
         let path = file(&scene.world);
         let good = fs::read(&path).unwrap();
-        fs::copy(file(&scene.other), &path).unwrap();
+        write_both(&path, &fs::read(file(&scene.other)).unwrap());
         let error = scene.world.builder().open().unwrap_err();
         let expected = if kind == "store" {
             matches!(error, Error::KeyringForeign { .. })
@@ -398,12 +401,12 @@ fn documents_of_the_store_itself_are_bound_to_it() {
             matches!(error, Error::Tampered { .. })
         };
         assert!(expected, "{kind}: {error:?}");
-        fs::write(&path, good).unwrap();
+        write_both(&path, &good);
     }
     // A document of one kind replaces one of another kind.
     let (store_file, catalogue) =
         (scene.world.store_dir().join("STORE"), catalogue_file(&scene.world.store_dir()));
-    fs::copy(&store_file, &catalogue).unwrap();
+    write_both(&catalogue, &fs::read(&store_file).unwrap());
     assert!(matches!(scene.world.builder().open(), Err(Error::Tampered { .. })));
 }
 
@@ -421,8 +424,8 @@ fn old_metadata_or_an_old_catalogue_put_back_is_rolled_back() {
         ((meta.clone(), fs::read(meta).unwrap()), kept)
     };
     let put_back = |(path, bytes): &(PathBuf, Vec<u8>), catalogue_files: &Path| {
-        fs::remove_file(meta_path(&dir)).unwrap();
-        fs::write(path, bytes).unwrap();
+        remove_both(&meta_path(&dir));
+        write_both(path, bytes);
         copy_dir(catalogue_files, &catalogue);
     };
     let old = keep("old");
@@ -467,7 +470,7 @@ fn a_shredded_envelope_that_is_put_back_is_refused() {
     let shredded =
         world.open().logstore(&name("p/l")).and_then(|logstore| try_texts(&logstore)).unwrap_err();
     assert!(matches!(shredded, Error::Shredded { .. }), "{shredded:?}");
-    fs::write(&newest, old).unwrap();
+    write_both(&newest, &old);
     let error = world.open().logstore(&name("p/l")).unwrap_err();
     assert!(matches!(error, Error::RolledBack { .. }), "{error:?}");
 }
@@ -505,7 +508,7 @@ impl Lost {
         let mut bytes = fs::read(&path).unwrap();
         change(&mut bytes);
         fix_crc(&mut bytes);
-        fs::write(path, bytes).unwrap();
+        write_both(&path, &bytes);
     }
 }
 
@@ -709,7 +712,7 @@ fn a_touched_second_tag_is_refused_while_there_is_a_keyring() {
     let tag = bytes.len() - 4 - 32;
     bytes[tag] ^= 1;
     fix_crc(&mut bytes);
-    fs::write(&meta, bytes).unwrap();
+    write_both(&meta, &bytes);
     let store = world.open();
     assert!(matches!(store.logstore(&name("p/l")), Err(Error::Tampered { .. })));
     for keyless in [false, true] {
@@ -718,7 +721,7 @@ fn a_touched_second_tag_is_refused_while_there_is_a_keyring() {
         assert_eq!(report.faults.iter().map(|fault| fault.kind).collect::<Vec<_>>(), ["tampered"]);
     }
     store.close().unwrap();
-    fs::write(&meta, good).unwrap();
+    write_both(&meta, &good);
     assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), ["one"]);
 }
 

@@ -1,6 +1,6 @@
 //! Sweeps: a power loss after every operation of a workload, and again during recovery; a failure
 //! of every operation, once or lasting, in each possible way; and random lives from a seed, with
-//! all of that and more.
+//! all of that and more. Every second power loss also takes one copy of a file that exists twice.
 //!
 //! After each, the checks are: all data acknowledged as durable is present, exactly and in order,
 //! and other data is complete or absent; configuration and keys are old or new; no number that a
@@ -22,6 +22,7 @@ mod model;
 use std::{
     env,
     panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -33,7 +34,7 @@ use common::{
     elsewhere,
 };
 use envelog::Durability;
-use life::{Life, Moment, Step};
+use life::{DIR, Life, Moment, Step};
 use model::Outcome;
 
 /// The number of threads that share the cases.
@@ -51,6 +52,8 @@ struct Report {
     second_cuts: u64,
     tried: AtomicU64,
     again: AtomicU64,
+    /// The cases in which one copy of a file that exists twice was lost too.
+    copies: AtomicU64,
     seals: AtomicU64,
     violations: Mutex<Vec<String>>,
 }
@@ -58,8 +61,8 @@ struct Report {
 impl Default for Report {
     fn default() -> Self {
         let second_cuts = if env::var_os("ENVELOG_SWEEP_ALL").is_some() { 1 } else { SECOND_CUTS };
-        let [tried, again, seals] = Default::default();
-        Self { second_cuts, tried, again, seals, violations: Mutex::default() }
+        let [tried, again, copies, seals] = Default::default();
+        Self { second_cuts, tried, again, copies, seals, violations: Mutex::default() }
     }
 }
 
@@ -93,7 +96,8 @@ impl Report {
             (self.tried.load(Ordering::Relaxed), self.again.load(Ordering::Relaxed));
         let seals = self.seals.load(Ordering::Relaxed);
         println!(
-            "{what}: {tried} tried, {again} of a second cut, {seals} seals on record, {} violations",
+            "{what}: {tried} tried, {again} of a second cut, {} with a lost copy, {seals} seals on record, {} violations",
+            self.copies.load(Ordering::Relaxed),
             violations.len()
         );
         assert!(violations.is_empty(), "{} violations: {violations:#?}", violations.len());
@@ -291,9 +295,16 @@ fn the_power_fails_after_every_operation_and_during_recovery() {
 fn crash(report: &Arc<Report>, moment: &Moment, disk: &SimDisk, call: &Call, way: u64, end: End) {
     Report::count(&report.tried);
     let (disk, survived) = end.of(disk);
-    let mut life = moment.branch(disk, seed_of(&[call.number, way]));
-    let what =
+    let mut what =
         format!("before change {} ({:?} {}), {end:?}", call.number, call.op, call.path.display());
+    // In every second case, one copy of a file that exists twice is lost too.
+    if (call.number + way).is_multiple_of(2)
+        && let Some(lost) = disk.lose_a_copy(Path::new(DIR), &mut Dice::new(call.number, way))
+    {
+        Report::count(&report.copies);
+        what = format!("{what}; {lost}");
+    }
+    let mut life = moment.branch(disk, seed_of(&[call.number, way]));
     if (call.number * 5 + way).is_multiple_of(report.second_cuts) {
         let (shared, what) = (Arc::clone(report), what.clone());
         before_changes(

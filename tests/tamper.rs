@@ -88,6 +88,14 @@ impl Fixture {
         Self { world, kms, disk: MemoryDisk::of(&Image::default()), written: BTreeMap::new() }
     }
 
+    /// The files, without the second copies of those that exist twice: a change to one copy has no
+    /// effect.
+    fn image(&self) -> Image {
+        let mut image = self.disk.image();
+        image.files.retain(|path, _| path.extension().is_none_or(|extension| extension != "copy"));
+        image
+    }
+
     fn builder(&self, disk: Arc<MemoryDisk>) -> StoreBuilder {
         Store::builder(self.world.store_dir(), self.world.keyring(), AwsLc::new())
             .kms(Arc::clone(&self.kms) as _)
@@ -375,7 +383,7 @@ const KEY_NEEDED: [&str; 4] = ["commitment", "footer flags", "footer nonce", "fo
 #[test]
 fn an_intact_store_is_found_intact() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let verdict = fixture.examine(&image, None);
     assert!(verdict.is_clean(), "{verdict:?}");
     let kinds: BTreeSet<FileKind> = image.files.keys().map(|path| FileKind::of(path)).collect();
@@ -386,7 +394,7 @@ fn an_intact_store_is_found_intact() {
 #[test]
 fn every_changed_byte_of_a_closed_store_is_found() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let store = fixture.builder(MemoryDisk::of(&image)).open_read_only().unwrap();
     in_parallel(&all_parts(&image), |(path, _, part)| {
         let only = fixture.concerned(&store, path);
@@ -414,7 +422,7 @@ fn every_changed_byte_of_a_closed_store_is_found() {
 #[test]
 fn every_zeroed_part_of_a_closed_store_is_found() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let store = fixture.builder(MemoryDisk::of(&image)).open_read_only().unwrap();
     for (path, _, part) in all_parts(&image) {
         let bytes = &image.files[&path];
@@ -444,7 +452,7 @@ fn every_zeroed_part_of_a_closed_store_is_found() {
 #[test]
 fn every_forged_byte_of_a_closed_store_is_found() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let store = fixture.builder(MemoryDisk::of(&image)).open_read_only().unwrap();
     in_parallel(&all_parts(&image), |(path, kind, part)| {
         let only = fixture.concerned(&store, path);
@@ -471,7 +479,7 @@ fn every_forged_byte_of_a_closed_store_is_found() {
 #[test]
 fn every_truncation_of_a_closed_store_is_found() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let store = fixture.builder(MemoryDisk::of(&image)).open_read_only().unwrap();
     let cuts: Vec<(&PathBuf, usize)> = image
         .files
@@ -495,7 +503,7 @@ fn every_truncation_of_a_closed_store_is_found() {
 #[test]
 fn what_may_be_lost_is_known_by_name() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let of_kind =
         |kind| image.files.keys().find(|path| FileKind::of(path) == kind).unwrap().clone();
     let lock = of_kind(FileKind::Lock);
@@ -533,7 +541,7 @@ fn what_may_be_lost_is_known_by_name() {
 #[test]
 fn a_writer_takes_over_whatever_has_become_of_the_epoch() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let path = fixture.world.store_dir().join("EPOCH");
     let bytes = &image.files[&path];
     let flipped = (0..bytes.len()).map(|at| {

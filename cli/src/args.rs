@@ -168,15 +168,20 @@ Example:
 Example:
   envelog inspect envelog-data/logstores/*/shard-0000/0000000001-00000000000000000000-0000000001.seg")]
     Inspect(InspectArgs),
-    /// Accept the loss of missing or damaged segments of a shard, so that it can be read and written again
+    /// Accept the loss of missing or damaged files, so that the rest can be read and written again
     #[command(after_help = "\
 `verify` reports the damage and its place, and `read --skip-lost` shows what can be read. `repair` records the loss of each
 missing or damaged segment in the catalogue and the key audit log. From then on the shard is read past the loss, and `status`
 and `verify` keep naming it. If the segment that was being written is damaged, `repair` keeps every block that can be read.
 An acceptance is permanent. If there is a backup, restore it first.
 
-Example:
-  envelog repair shop/orders --shard 0 --yes")]
+Without a Logstore it repairs every shard, the key audit log and the probes. --give-up deletes a Logstore whose metadata is
+lost, both the file and its second copy.
+
+Examples:
+  envelog repair shop/orders --shard 0 --yes
+  envelog repair --yes
+  envelog repair --give-up shop/orders --yes")]
     Repair(RepairArgs),
     /// Drop the segments that are over the age or the size limit of their Logstore
     #[command(after_help = "\
@@ -434,16 +439,19 @@ pub(crate) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct RepairArgs {
-    /// The Logstore
+    /// The Logstore; all of them, unless it is given
     #[arg(value_name = "PROJECT/LOGSTORE")]
-    pub(crate) name: String,
+    pub(crate) name: Option<String>,
     /// The shard
-    #[arg(long, value_name = "N")]
-    pub(crate) shard: u32,
+    #[arg(long, value_name = "N", requires = "name")]
+    pub(crate) shard: Option<u32>,
+    /// Delete the Logstore, whose metadata is lost
+    #[arg(long, requires = "name", conflicts_with_all = ["shard", "accept_tampered"])]
+    pub(crate) give_up: bool,
     /// Confirm: accept the loss of missing and damaged segments, and discard a damaged end
     #[arg(long)]
     pub(crate) yes: bool,
-    /// Give up forged or exchanged segments too
+    /// Give up forged or exchanged files too
     #[arg(long)]
     pub(crate) accept_tampered: bool,
 }

@@ -72,6 +72,53 @@ fn a_lost_segment_is_skipped_and_its_loss_accepted() {
     }
 }
 
+/// Both copies of the metadata of a Logstore, the audit log and a segment of another are lost.
+#[test]
+fn the_losses_of_a_store_are_accepted() {
+    let world = filled();
+    let logstores = || -> Vec<_> {
+        let entries = fs::read_dir(world.path("envelog-data/logstores")).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    };
+    let kept = logstores();
+    world.create("p/gone", &service("sm4"));
+    let gone = logstores().into_iter().find(|dir| !kept.contains(dir)).unwrap();
+    world.ok(&["checkpoint", "--out", "before"]);
+    for entry in fs::read_dir(&gone).unwrap().map(Result::unwrap) {
+        if entry.file_name().to_str().unwrap().starts_with("meta-") {
+            fs::remove_file(entry.path()).unwrap();
+        }
+    }
+    fs::remove_file(segment(&world, 2)).unwrap();
+    fs::remove_dir_all(world.path("envelog-data/audit")).unwrap();
+
+    world.refused(5, &["verify"]);
+    world.refused(5, &["append", "p/gone", &world.file("more", "more\n")]);
+    world.refused(2, &["repair"]);
+    world.refused(2, &["repair", "--give-up", "--yes"]);
+    world.refused(2, &["repair", "p/l", "--yes"]);
+    let repaired = world.run(&["repair", "--yes", "--json"]);
+    repaired.assert(5);
+    let report: serde_json::Value = serde_json::from_slice(&repaired.stdout).unwrap();
+    assert_eq!(report["audit"]["kind"], json!("truncated"));
+    assert_eq!(report["shards"][0]["losses"][0]["first_ordinal"], json!(2));
+    assert_eq!(report["failed"][0]["logstore"], json!("p/gone"));
+    world.refused(6, &["repair", "--give-up", "p/l", "--yes"]);
+    let given_up = world.json(&["repair", "--give-up", "p/gone", "--yes", "--json"]);
+    assert_eq!(given_up, json!({"deleted": "p/gone", "left": []}));
+    world.ok(&["verify"]);
+    world.ok(&["append", "p/l", &world.file("more", "more\n")]);
+    assert_eq!(world.read("p/l"), b"1.1\n1.2\n1.3\n3.1\n3.2\n3.3\n4.1\n4.2\n4.3\nmore\n");
+    let audit = world.json(&["keys", "audit", "--json"]);
+    let records = audit["records"].as_array().unwrap();
+    let of = |event: &str| records.iter().filter(|record| record["event"] == event).count();
+    assert_eq!((of("loss_accepted"), of("given_up"), of("deleted")), (2, 1, 1));
+    world.refused(5, &["verify", "--against", "before"]);
+    world.ok(&["checkpoint", "--out", "after"]);
+    world.ok(&["verify", "--against", "after"]);
+    world.create("p/gone", &service("sm4"));
+}
+
 /// The segments were copied, then the store went on, and then the rest was copied.
 #[test]
 fn a_plain_copy_of_a_live_store_gives_what_is_in_it() {

@@ -216,6 +216,7 @@ fn data(checked: &Checked) {
     checked.run("checkpoint", &["--out", "checkpoint"]);
     checked.run("verify", &["--against", "checkpoint"]);
     checked.run("repair", &["p/plain", "--shard", "0", "--yes"]);
+    checked.run("repair", &["--yes"]);
     checked.run("retain", &[]);
     checked.run("retain", &["--trust-clock"]);
     for segment in world.segments("envelog-data") {

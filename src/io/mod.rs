@@ -16,6 +16,7 @@ mod random;
 mod real;
 #[cfg(test)]
 mod tests;
+mod twice;
 
 use std::{
     error, fmt, io,
@@ -29,6 +30,9 @@ pub use map::Map;
 pub use random::{OsRandom, Random};
 pub use real::RealDisk;
 pub(crate) use real::process_user;
+pub(crate) use twice::{
+    copy_path, is_either_or_temporary, lost_of_two, mend, original_name, write_twice,
+};
 
 /// How [`Disk::open`] opens a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -315,27 +319,60 @@ pub(crate) fn write_file(
     bytes: &[u8],
     existing: Existing,
 ) -> io::Result<()> {
-    let old = disk.stat(path)?;
-    let temporary = Temporary::create(disk, path)?;
-    let owned = || match (existing, old.and_then(|old| old.owner), temporary.file.stat()?.owner) {
-        (Existing::Replace, Some(old), Some(new)) if old.stays(new) => {
-            temporary.file.set_owner(old)
-        }
-        _ => Ok(()),
-    };
-    let written = owned()
-        .and_then(|()| temporary.file.write_at(bytes, 0))
-        .and_then(|()| temporary.file.sync_data());
-    let named = written.and_then(|()| match existing {
-        Existing::Replace => disk.rename(&temporary.path, path),
-        Existing::Keep => disk.rename_new(&temporary.path, path),
-    });
-    if let Err(error) = named {
-        // Best effort: the caller gets the first error, and the next opening removes the file.
-        let _ = disk.remove_file(&temporary.path);
-        return Err(error);
-    }
+    NewFile::write(disk, path, bytes, existing)?.give_name()?;
     sync_parent(disk, path)
+}
+
+/// A synced file that does not have its name yet. Dropping it removes it.
+struct NewFile<'a> {
+    disk: &'a dyn Disk,
+    path: &'a Path,
+    existing: Existing,
+    temporary: Temporary,
+    has_name: bool,
+}
+
+impl<'a> NewFile<'a> {
+    /// Writes and syncs the temporary file of `path`.
+    fn write(
+        disk: &'a dyn Disk,
+        path: &'a Path,
+        bytes: &[u8],
+        existing: Existing,
+    ) -> io::Result<Self> {
+        let old = disk.stat(path)?;
+        let temporary = Temporary::create(disk, path)?;
+        let new = Self { disk, path, existing, temporary, has_name: false };
+        let file = &new.temporary.file;
+        match (existing, old.and_then(|old| old.owner), file.stat()?.owner) {
+            (Existing::Replace, Some(old), Some(owner)) if old.stays(owner) => {
+                file.set_owner(old)?
+            }
+            _ => {}
+        }
+        file.write_at(bytes, 0)?;
+        file.sync_data()?;
+        Ok(new)
+    }
+
+    /// Renames the file. The caller syncs its directory.
+    fn give_name(mut self) -> io::Result<()> {
+        match self.existing {
+            Existing::Replace => self.disk.rename(&self.temporary.path, self.path)?,
+            Existing::Keep => self.disk.rename_new(&self.temporary.path, self.path)?,
+        }
+        self.has_name = true;
+        Ok(())
+    }
+}
+
+impl Drop for NewFile<'_> {
+    fn drop(&mut self) {
+        if !self.has_name {
+            // Best effort: the caller gets the first error, and the next opening removes the file.
+            let _ = self.disk.remove_file(&self.temporary.path);
+        }
+    }
 }
 
 /// How many names a temporary file may try. A name that cannot be used belongs to another process,

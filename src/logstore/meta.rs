@@ -33,11 +33,14 @@ pub(crate) struct MetaRef {
 }
 
 impl MetaRef {
-    /// The path of its file in the directory of the Logstore.
+    /// The path of its file in the directory of the Logstore. The file exists twice.
     pub(crate) fn path(&self, logstore_dir: &Path) -> PathBuf {
+        logstore_dir.join(self.name().to_string())
+    }
+
+    fn name(&self) -> MetaName {
         let [a, b, c, d, e, f, g, h, ..] = self.tag;
-        let name = MetaName { generation: self.generation, tag: [a, b, c, d, e, f, g, h] };
-        logstore_dir.join(name.to_string())
+        MetaName { generation: self.generation, tag: [a, b, c, d, e, f, g, h] }
     }
 }
 
@@ -49,21 +52,24 @@ pub(crate) struct MetaName {
 }
 
 impl MetaName {
-    /// Parses a file name. `None` if it is not that of a metadata file.
-    pub(crate) fn parse(name: &str) -> Option<Self> {
+    /// Parses the name of a metadata file or of its second copy. `None` for any other name.
+    fn parse(name: &str) -> Option<Self> {
+        let name = io::original_name(name);
         let (generation, tag) = name.strip_prefix("meta-")?.split_once('-')?;
         let parsed =
             Self { generation: generation.parse().ok()?, tag: hex_decode(tag)?.try_into().ok()? };
         (parsed.to_string() == name).then_some(parsed)
     }
 
-    /// Whether this is the name of a metadata file or of a temporary file for one.
+    /// Whether this is the name of a metadata file, of its second copy, or of a temporary file for
+    /// either.
     pub(crate) fn is_file_or_temporary(name: &str) -> bool {
         let stem = name.split('.').next().unwrap_or_default();
-        Self::parse(stem).is_some() && (stem == name || io::is_temporary(name, stem))
+        Self::parse(stem).is_some() && io::is_either_or_temporary(name, stem)
     }
 
-    /// The metadata files in the directory of a Logstore, oldest first.
+    /// The metadata in the directory of a Logstore, oldest first. At least one of the two files of
+    /// each is there.
     pub(crate) fn list(disk: &dyn Disk, logstore_dir: &Path) -> Result<Vec<Self>> {
         let entries = match disk.list_dir(logstore_dir) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -72,6 +78,7 @@ impl MetaName {
         let mut names: Vec<_> =
             entries.iter().filter_map(|entry| Self::parse(&entry.name)).collect();
         names.sort_unstable();
+        names.dedup();
         Ok(names)
     }
 }
@@ -95,7 +102,7 @@ pub(crate) fn remove_older(disk: &dyn Disk, logstore_dir: &Path, current: &MetaR
             Some(name)
                 if entry.kind == FileKind::File
                     && name.generation <= current.generation
-                    && path != current.path(logstore_dir) =>
+                    && name != current.name() =>
             {
                 removed = true;
                 match disk.remove_file(&path) {
@@ -152,7 +159,7 @@ impl Meta {
         MetaRef { generation: self.generation, tag: self.tag }
     }
 
-    /// Reads the metadata that the catalogue names.
+    /// Reads the metadata that the catalogue names, and returns the bytes of its file too.
     pub(crate) fn load(
         disk: &dyn Disk,
         logstore_dir: &Path,
@@ -160,9 +167,23 @@ impl Meta {
         id: LogstoreId,
         keyring: &Keyring,
         named: &MetaRef,
-    ) -> Result<Self> {
-        let path = named.path(logstore_dir);
-        let bytes = match read(disk, &path) {
+    ) -> Result<(Self, Vec<u8>)> {
+        document::load_either(&named.path(logstore_dir), |path| {
+            Self::load_file(disk, path, store, id, keyring, named)
+        })
+    }
+
+    /// Reads the metadata that the catalogue names from the file `path`.
+    fn load_file(
+        disk: &dyn Disk,
+        path: &Path,
+        store: StoreId,
+        id: LogstoreId,
+        keyring: &Keyring,
+        named: &MetaRef,
+    ) -> Result<(Self, Vec<u8>)> {
+        let logstore_dir = path.parent().unwrap_or(path);
+        let bytes = match read(disk, path) {
             // The other files are of older changes, or of changes that the catalogue does not name.
             Err(Error::Truncated { .. }) if !MetaName::list(disk, logstore_dir)?.is_empty() => {
                 let what = format!(
@@ -173,17 +194,17 @@ impl Meta {
             }
             bytes => bytes?,
         };
-        let document = document::open(&bytes, DocumentKind::Logstore, &path, |version| {
+        let document = document::open(&bytes, DocumentKind::Logstore, path, |version| {
             keyring.document_key(version)
         })?;
-        let meta = Self::from_document(&document, store, id, &path)?;
+        let meta = Self::from_document(&document, store, id, path)?;
         let meta = Self { tag: document::tag_a(&bytes), ..meta };
         if meta.reference() != *named {
             let what = format!("{} is not the metadata that the catalogue knows", path.display());
             return Err(Error::RolledBack { what });
         }
-        meta.check(&path)?;
-        Ok(meta)
+        meta.check(path)?;
+        Ok((meta, bytes))
     }
 
     /// Checks the rules within the document.
@@ -253,16 +274,19 @@ impl Meta {
         Ok(meta)
     }
 
-    /// Reads metadata from the file `path`. It authenticates nothing.
+    /// Reads metadata from the file `path`, or from its second copy. It authenticates nothing.
     pub(crate) fn load_unverified(
         disk: &dyn Disk,
         path: &Path,
         store: StoreId,
         id: LogstoreId,
     ) -> Result<Self> {
-        let bytes = read(disk, path)?;
-        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(path, 0))?;
-        Self::from_document(parsed.unverified(), store, id, path)
+        document::load_either(path, |path| {
+            let bytes = read(disk, path)?;
+            let parsed =
+                UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(path, 0))?;
+            Self::from_document(parsed.unverified(), store, id, path)
+        })
     }
 
     fn from_document(
@@ -306,7 +330,7 @@ impl Meta {
         })
     }
 
-    /// Writes the metadata into a new file for its generation, durably. It takes effect once the
+    /// Writes the metadata into two new files for its generation, durably. It takes effect once the
     /// catalogue names it. If the keys section of a BYOK Logstore has changed, the caller passes
     /// the current data key as `data_key`. Otherwise the section keeps its bytes and its tag.
     pub(crate) fn save(
@@ -341,7 +365,7 @@ impl Meta {
         if data_key.is_some() {
             self.tagged = TaggedKeys::of(&document, &path).map(Arc::new);
         }
-        io::write_file(disk, &path, &bytes, Existing::Replace)
+        io::write_twice(disk, &path, &bytes, Existing::Replace)
             .map_err(Error::io("write", &path))?;
         self.keyring_version = version;
         Ok(())

@@ -17,7 +17,7 @@ use super::{
     anchoring,
     assembly::{Opening, Setup},
     catalogue,
-    identity::{identity_path, verify_identity, write_identity},
+    identity::{STORE, verify_identity, write_identity},
     lock::StoreLock,
     open_store::OpenStore,
 };
@@ -62,10 +62,11 @@ impl Remains {
             std::io::ErrorKind::NotFound => Error::StoreMissing { path: dir.to_owned() },
             _ => Error::io("list", dir)(error),
         })?;
-        if let Some(store) = entries.iter().find(|entry| entry.name == "STORE") {
+        let identity = |entry: &&DirEntry| io::original_name(&entry.name) == STORE;
+        if let Some(store) = entries.iter().find(identity) {
             return Err(match store.kind {
                 FileKind::File => Error::StoreExists { path: dir.to_owned() },
-                found => wrong_type(identity_path(dir), FileKind::File, found),
+                found => wrong_type(dir.join(&store.name), FileKind::File, found),
             });
         }
         let begun = entries.iter().any(|entry| entry.name == RECORD);
@@ -75,7 +76,9 @@ impl Remains {
                 FileKind::File => {
                     matches!(name, "LOCK" | RECORD | EPOCH)
                         || is_temporary(name, RECORD)
-                        || (begun && (is_temporary(name, EPOCH) || is_temporary(name, "STORE")))
+                        || (begun
+                            && (is_temporary(name, EPOCH)
+                                || io::is_either_or_temporary(name, STORE)))
                 }
                 FileKind::Directory if PARTS.contains(&name) => {
                     let part = dir.join(name);

@@ -20,6 +20,7 @@ use super::{
     open_store::OpenStore,
     options::StoreOptions,
     removal::DeleteReport,
+    repair::{self, StoreRepairReport},
     retention::{self, RetainOptions, RetentionReport, RetentionStatus},
     rewrap_all::{self, RewrapOptions, RewrapProgress, RewrapReport},
     service_rotation::{self, ServiceRotation},
@@ -518,7 +519,37 @@ impl Admin<'_> {
         shard: u32,
         options: &RepairOptions,
     ) -> Result<RepairReport> {
-        logstores::repair(self.open.core(), name, shard, options)
+        repair::repair_shard(self.open.core(), name, shard, options)
+    }
+
+    /// Repairs the whole store: every shard as [`Admin::repair`] does, the key audit log, and the
+    /// probes. Reads all segments of the store.
+    ///
+    /// If the key audit log is damaged or lost, this renames its files to `damaged-…` and begins a
+    /// new log with a record of the loss. It removes damaged probes; the envelopes of the Logstores
+    /// take their place.
+    ///
+    /// A Logstore that cannot be repaired does not stop the others: see
+    /// [`StoreRepairReport::failed`].
+    ///
+    /// # Errors
+    /// [`Error::Tampered`], [`Error::RolledBack`] and the like if the key audit log or a probe is
+    /// forged or exchanged, unless the options accept that; [`Error::Io`].
+    pub fn repair_all(&self, options: &RepairOptions) -> Result<StoreRepairReport> {
+        repair::repair_all(self.open.core(), options)
+    }
+
+    /// Deletes a Logstore whose metadata is lost, and with it the only copies of its wrapped data
+    /// keys, so that the rest of the store verifies again. The key audit log records the loss
+    /// ([`AuditEvent::GivenUp`](crate::audit::AuditEvent::GivenUp)) and the deletion. A verification
+    /// against a checkpoint that has the Logstore keeps failing.
+    /// There is no way back. If a backup has the metadata, restore that file instead.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the metadata can be read. Otherwise as
+    /// [`Store::delete_logstore`](crate::Store::delete_logstore).
+    pub fn give_up(&self, name: &LogstoreName) -> Result<DeleteReport> {
+        repair::give_up(self.open.core(), name)
     }
 
     /// The state of the anchor.

@@ -37,28 +37,34 @@ pub(super) struct ClaimedIdentity {
 }
 
 impl ClaimedIdentity {
-    /// Reads the `STORE` file without a key. `None` if there is no such file.
+    /// Reads the `STORE` file, or its second copy, without a key. `None` if there is neither.
     ///
     /// # Errors
     /// [`Error::NotAStore`], [`Error::NewerFormat`], [`Error::Corrupt`], [`Error::Io`].
     pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Option<Self>> {
-        let path = identity_path(dir);
-        let bytes = match io::read_file(disk, &path, DOCUMENT_BYTES_MAX) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            bytes => bytes.map_err(Error::io("read", &path))?,
-        };
-        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
-        let claimed = parsed.unverified();
-        if claimed.kind != DocumentKind::Store {
-            return Err(Error::NotAStore { path: dir.to_owned() });
+        let claimed = document::load_either(&identity_path(dir), |path| {
+            let bytes = read(disk, path)?;
+            let parsed =
+                UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(path, 0))?;
+            let claimed = parsed.unverified();
+            if claimed.kind != DocumentKind::Store {
+                return Err(Error::NotAStore { path: dir.to_owned() });
+            }
+            let body = StoreBody::parse(path, &claimed.a)?;
+            Ok(Self { store: claimed.store, keyring: body.keyring, features: claimed.features })
+        });
+        match claimed {
+            Err(error) if error.is_not_found() => Ok(None),
+            claimed => claimed.map(Some),
         }
-        let body = StoreBody::parse(&path, &claimed.a)?;
-        Ok(Some(Self { store: claimed.store, keyring: body.keyring, features: claimed.features }))
     }
 }
 
+/// The name of the file that names the store. The file exists twice.
+pub(super) const STORE: &str = "STORE";
+
 pub(super) fn identity_path(dir: &Path) -> PathBuf {
-    dir.join("STORE")
+    dir.join(STORE)
 }
 
 /// Authenticates the `STORE` file.
@@ -69,27 +75,50 @@ pub(super) fn verify_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) ->
     load_identity(disk, dir, keyring).map(drop)
 }
 
-/// Reads the `STORE` file. It must name the keyring and its store.
-fn load_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<Document> {
+/// Writes the `STORE` file or its second copy again, if it is lost or damaged.
+///
+/// # Errors
+/// [`Error::Io`], and the integrity errors of the file.
+pub(super) fn mend_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
+    let (_, bytes) = load_identity(disk, dir, keyring)?;
     let path = identity_path(dir);
-    let bytes = io::read_file(disk, &path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", &path))?;
-    let document = document::open(&bytes, DocumentKind::Store, &path, |version| {
-        keyring.document_key(version)
-    })?;
-    let body = StoreBody::parse(&path, &document.a)?;
-    if document.store != keyring.store() || body.keyring != keyring.id() {
-        return Err(Error::Tampered {
-            at: Location::new(&path, 24),
-            what: "the identity of another store",
-        });
-    }
-    match document.generation {
-        1 => Ok(document),
-        _ => Err(Error::corrupt(
-            Location::new(&path, 56),
-            "the generation of the identity of a store is not 1",
-        )),
-    }
+    io::mend(disk, &path, &bytes).map_err(Error::io("write", path))
+}
+
+/// Reads the `STORE` file, or its second copy. It must name the keyring and its store. Returns the
+/// bytes too.
+///
+/// # Errors
+/// [`Error::Io`], and the integrity errors of the file.
+pub(super) fn load_identity(
+    disk: &dyn Disk,
+    dir: &Path,
+    keyring: &Keyring,
+) -> Result<(Document, Vec<u8>)> {
+    document::load_either(&identity_path(dir), |path| {
+        let bytes = read(disk, path)?;
+        let document = document::open(&bytes, DocumentKind::Store, path, |version| {
+            keyring.document_key(version)
+        })?;
+        let body = StoreBody::parse(path, &document.a)?;
+        if document.store != keyring.store() || body.keyring != keyring.id() {
+            return Err(Error::Tampered {
+                at: Location::new(path, 24),
+                what: "the identity of another store",
+            });
+        }
+        match document.generation {
+            1 => Ok((document, bytes)),
+            _ => Err(Error::corrupt(
+                Location::new(path, 56),
+                "the generation of the identity of a store is not 1",
+            )),
+        }
+    })
+}
+
+fn read(disk: &dyn Disk, path: &Path) -> Result<Vec<u8>> {
+    io::read_file(disk, path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", path))
 }
 
 /// Writes the `STORE` file again under the newest version of the service key, otherwise unchanged.
@@ -97,7 +126,7 @@ fn load_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<Docum
 /// # Errors
 /// [`Error::Io`], and the integrity errors of the file.
 pub(super) fn rewrite_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
-    let document = load_identity(disk, dir, keyring)?;
+    let (document, _) = load_identity(disk, dir, keyring)?;
     put_identity(disk, dir, keyring, Document { features: Features::default(), ..document })
 }
 
@@ -121,5 +150,5 @@ fn put_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring, document: Docume
     let path = identity_path(dir);
     let document = Document { keyring_version: keyring.newest(), ..document };
     let bytes = document.seal(&keyring.document_key(keyring.newest())?);
-    io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))
+    io::write_twice(disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))
 }

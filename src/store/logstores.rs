@@ -20,7 +20,7 @@ use crate::{
     ids::LogstoreId,
     keys::{AuditEvent, envelope::KeysSection},
     logstore::{LogstoreShared, Meta, shard_dir},
-    shard::{AcceptedLoss, FoundLoss, RepairOptions, RepairReport, Shard, ShardRecord},
+    shard::ShardRecord,
 };
 
 /// Creates a Logstore, with its envelope if `spec` turns encryption on. Holds the name during the
@@ -187,10 +187,23 @@ fn bind(logstore: &LogstoreShared, meta: &mut Meta) -> Result<Option<SecretKey>>
 /// Deletes a Logstore: its envelopes first, then its other files. Waits for no KMS: an operation on
 /// the Logstore that waits for one finds later that the Logstore is gone.
 pub(super) fn delete(core: &Core, name: &LogstoreName) -> Result<DeleteReport> {
+    core.registry.check_writable()?;
+    delete_if(core, name, |_| Ok(()))
+}
+
+/// As [`delete`], once `admit` has decided about the Logstore.
+///
+/// # Errors
+/// As [`delete`], and the error of `admit`.
+pub(super) fn delete_if(
+    core: &Core,
+    name: &LogstoreName,
+    admit: impl FnOnce(&Entry) -> Result<()>,
+) -> Result<DeleteReport> {
     let Core { env, keys, registry } = core;
-    registry.check_writable()?;
     let mut admin = registry.administer()?;
     let entry = registry.entry(name)?;
+    admit(&entry)?;
     let (id, dir) = (entry.id, env.logstore_dir(entry.id));
     removal::check_types(&*env.disk, &dir, &entry.meta().path(&dir))?;
     keys.audit().record(AuditEvent::DeleteIntended, Some((name, id)), "")?;
@@ -251,64 +264,6 @@ pub(super) fn clean_up(core: &Core) -> Result<()> {
             warn!(dir = %dir.display(), %error, "remains of an interrupted creation not removed");
         }
     }
-    Ok(())
-}
-
-/// Accepts the losses of a shard, and gives up the damaged data at its end. The audit log and the
-/// catalogue record each loss before anything else changes.
-pub(super) fn repair(
-    core: &Core,
-    name: &LogstoreName,
-    shard: u32,
-    options: &RepairOptions,
-) -> Result<RepairReport> {
-    core.registry.check_writable()?;
-    let logstore = core.registry.logstore(name)?;
-    let missing = || Error::ShardMissing { logstore: name.clone(), shard };
-    let shard = logstore.shards.get(shard as usize).ok_or_else(missing)?;
-    let mut losses = Vec::new();
-    loop {
-        let found = shard.find_losses(options.accept_tampered)?;
-        if found.is_empty() {
-            break;
-        }
-        // The name of a lost segment may have hidden others, which are found then.
-        for found in found {
-            accept_loss(core, &logstore, shard, &found)?;
-            losses.push(AcceptedLoss::new(shard.id(), &found.loss));
-        }
-    }
-    let report = shard.repair()?;
-    Ok(RepairReport { losses, ..report })
-}
-
-fn accept_loss(
-    core: &Core,
-    logstore: &Arc<LogstoreShared>,
-    shard: &Shard,
-    found: &FoundLoss,
-) -> Result<()> {
-    let FoundLoss { loss, cause } = found;
-    let (name, id) = (&logstore.name, logstore.id);
-    let mut admin = core.registry.administer()?;
-    admin.check_exists(logstore)?;
-    let detail = format!(
-        "shard {}, segments {} to {}, sequence numbers {} to before {}, by user {}: {cause}",
-        shard.id(),
-        loss.first,
-        loss.last,
-        loss.from_seq,
-        loss.end_seq,
-        rustix::process::getuid().as_raw(),
-    );
-    let change = Change::Lost { name: name.clone(), id, shard: shard.id(), loss: loss.clone() };
-    let allowed = core.registry.catalogue().check_change(&change);
-    allowed.map_err(|rule| Error::InvalidArgument(format!("the loss is not accepted: {rule}")))?;
-    core.keys.audit().record(AuditEvent::LossAccepted, Some((name, id)), &detail)?;
-    admin.commit(vec![change])?;
-    shard.note_loss(loss.clone());
-    let (first, last) = (loss.first, loss.last);
-    warn!(logstore = %name, shard = shard.id(), first, last, %cause, "loss of segments accepted");
     Ok(())
 }
 

@@ -36,6 +36,7 @@ mod opening;
 mod options;
 mod registry;
 mod removal;
+mod repair;
 mod retention;
 mod rewrap_all;
 mod scheduler;
@@ -58,6 +59,7 @@ pub use key_usage::{
 pub use keyring_loss::{RecoverReport, Recoverable};
 pub use options::{Background, StoreOptions};
 pub use removal::DeleteReport;
+pub use repair::{FailedRepair, ShardRepair, StoreRepairReport};
 pub use retention::{RetainOptions, RetentionReport, RetentionStatus};
 pub use rewrap_all::{RewrapOptions, RewrapProgress, RewrapReport};
 pub use service_rotation::ServiceRotation;

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
+use tracing::warn;
+
 use super::{
     anchor::AnchorPlace,
     anchoring,
@@ -9,7 +11,7 @@ use super::{
     catalogue::{self, Catalogue, load_newest},
     core::Core,
     creation::{self, Remains},
-    identity::{ClaimedIdentity, identity_path, verify_identity, write_identity},
+    identity::{ClaimedIdentity, identity_path, mend_identity, verify_identity, write_identity},
     keyring_loss::{self, RecoverReport, Recoverable},
     lock::StoreLock,
     logstores,
@@ -67,6 +69,9 @@ pub(super) fn open(setup: Setup) -> Result<OpenStore> {
         keyring.file().sync_name()?;
     }
     keyring.file().remove_leftovers();
+    if let Err(error) = mend_identity(&*setup.disk, &setup.dir, &keyring) {
+        warn!(%error, "second copy of STORE not written");
+    }
     creation::forget(&*setup.disk, &setup.dir);
     let without_anchor = setup.without_anchor;
     let store = setup.assemble(Opening::for_writing(keyring, found.catalogue, held, fence))?;

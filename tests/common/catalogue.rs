@@ -10,6 +10,8 @@ use std::{
 use envelog::crypto::{SecretKey, hmac_sha256};
 use serde_json::Value;
 
+use super::write_private;
+
 const SECTOR: usize = 512;
 /// The length of both tips.
 pub(crate) const TIPS_LEN: usize = 2 * SECTOR;
@@ -66,7 +68,26 @@ pub(crate) fn newest_meta(
 /// Whether a path is that of a metadata file.
 pub(crate) fn is_meta(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    name.starts_with("meta-") && !name.ends_with(".tmp")
+    name.starts_with("meta-") && !name.contains('.')
+}
+
+/// The path of the second copy of a file.
+pub(crate) fn copy_path(path: &Path) -> PathBuf {
+    PathBuf::from(format!("{}.copy", path.display()))
+}
+
+/// Changes a file, and its second copy if it has one, in the same way.
+pub(crate) fn write_both(path: &Path, bytes: &[u8]) {
+    write_private(path, bytes);
+    if copy_path(path).exists() {
+        write_private(&copy_path(path), bytes);
+    }
+}
+
+/// Removes a file and its second copy.
+pub(crate) fn remove_both(path: &Path) {
+    fs::remove_file(path).unwrap();
+    let _ = fs::remove_file(copy_path(path));
 }
 
 /// The name of a metadata file.

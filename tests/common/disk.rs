@@ -702,6 +702,22 @@ impl SimDisk {
         format!("sector {n} of {} {what}", path.display())
     }
 
+    /// Empties one of the files below `dir` that exist twice, or its second copy. Returns a
+    /// description; `None` if there is no such file.
+    pub(crate) fn lose_a_copy(&self, dir: &Path, dice: &mut Dice) -> Option<String> {
+        let files = self.files(dir);
+        let copy_of = |path: &Path| PathBuf::from(format!("{}.copy", path.display()));
+        let twice: Vec<_> =
+            files.keys().filter(|path| files.contains_key(&copy_of(path))).collect();
+        if twice.is_empty() {
+            return None;
+        }
+        let original = twice[dice.roll(twice.len() as u64) as usize];
+        let lost = if dice.roll(2) == 0 { original.clone() } else { copy_of(original) };
+        self.edit(&lost, Vec::clear);
+        Some(format!("{} is empty", lost.display()))
+    }
+
     /// All files below a directory, as programs see them.
     pub(crate) fn files(&self, dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut found = BTreeMap::new();

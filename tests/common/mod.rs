@@ -13,7 +13,7 @@ pub(crate) mod process;
 pub(crate) mod sim;
 
 #[allow(unused_imports)]
-pub(crate) use catalogue::{is_meta, meta_path, newest_meta};
+pub(crate) use catalogue::{copy_path, is_meta, meta_path, newest_meta, remove_both, write_both};
 use std::{
     collections::BTreeMap,
     fs, io,

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// A document of a golden store.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Which {
     Store,
     Catalogue,
@@ -673,7 +673,13 @@ fn check(row: &Row) {
     change(&copy, row.which, |_| {});
     use_all(&copy, true).unwrap();
     change(&copy, row.which, row.change);
+    // A damaged probe counts as missing. Only a verification reports it.
+    let is_missing = row.which == Which::Probe && row.code == "corrupt";
     for read_only in [true, false] {
+        if is_missing {
+            use_all(&copy, read_only).unwrap_or_else(|error| panic!("{}: {error}", row.rule));
+            continue;
+        }
         let error = use_all(&copy, read_only).expect_err(row.rule);
         assert_eq!(error.code(), row.code, "{}: {error}", row.rule);
         assert!(error.to_string().contains(row.says), "{}: {error}", row.rule);

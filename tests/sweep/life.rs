@@ -32,7 +32,7 @@ use super::{
 /// The Logstores: AES under the service key in two shards; SM4 under a master key; one without
 /// encryption at first; one that is deleted and created again.
 pub(crate) const NAMES: [&str; 4] = ["p/aes", "p/sm4", "p/plain", "p/brief"];
-const DIR: &str = "/world/store";
+pub(crate) const DIR: &str = "/world/store";
 const KEYRING: &str = "/world/keys/keyring";
 
 /// An operation or a fault.

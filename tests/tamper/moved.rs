@@ -77,7 +77,7 @@ fn assert_found(fixture: &Fixture, what: &str, image: &Image, code: &str) {
 #[test]
 fn a_block_in_another_place_is_tampering() {
     let (fixture, other) = (Fixture::closed(), Fixture::closed());
-    let (image, foreign) = (fixture.disk.image(), other.disk.image());
+    let (image, foreign) = (fixture.image(), other.image());
     let first = segments_of(&fixture, &image, AES, 0);
     let file = |path: &PathBuf| image.files[path].clone();
     let within = |number| transplanted(&image, &file(&first[0]), &first[0], number);
@@ -113,7 +113,7 @@ fn a_block_in_another_place_is_tampering() {
 #[test]
 fn a_segment_in_another_place_is_tampering() {
     let (fixture, other) = (Fixture::closed(), Fixture::closed());
-    let (image, foreign) = (fixture.disk.image(), other.disk.image());
+    let (image, foreign) = (fixture.image(), other.image());
     let first = segments_of(&fixture, &image, AES, 0);
     let second_shard = &segments_of(&fixture, &image, AES, 1)[0];
     let logstore = &segments_of(&fixture, &image, SM4, 0)[0];
@@ -152,7 +152,7 @@ fn a_segment_in_another_place_is_tampering() {
 #[test]
 fn a_document_in_another_place_is_tampering_or_foreign() {
     let (fixture, other) = (Fixture::closed(), Fixture::closed());
-    let (image, foreign) = (fixture.disk.image(), other.disk.image());
+    let (image, foreign) = (fixture.image(), other.image());
     let from_other = |path: &Path| {
         let inside = path.strip_prefix(fixture.world.path()).unwrap();
         foreign.files[&other.world.path().join(inside)].clone()
@@ -206,7 +206,7 @@ fn a_document_in_another_place_is_tampering_or_foreign() {
 #[test]
 fn whatever_is_missing_is_missed() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let first = segments_of(&fixture, &image, AES, 0);
     let shard = first[0].parent().unwrap();
     let logstore = shard.parent().unwrap();
@@ -251,7 +251,7 @@ fn whatever_is_missing_is_missed() {
 #[test]
 fn whatever_is_longer_than_it_was_is_corrupt() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     for (path, bytes) in &image.files {
         if FileKind::of(path) == FileKind::Lock {
             continue; // see what_may_be_lost_is_known_by_name
@@ -285,11 +285,11 @@ fn whatever_is_longer_than_it_was_is_corrupt() {
 #[test]
 fn what_is_older_than_it_was_is_rolled_back() {
     let mut fixture = Fixture::closed();
-    let old = fixture.disk.image();
+    let old = fixture.image();
     let mut open = None;
     fixture.reopened(|fixture, store| {
         fixture.put(store, AES, 0);
-        open = Some(fixture.disk.image());
+        open = Some(fixture.image());
         for days in [10, 20] {
             let mut config = store.logstore(&name(AES)).unwrap().config();
             config.ttl_days = Some(days);
@@ -299,7 +299,7 @@ fn what_is_older_than_it_was_is_rolled_back() {
     });
     let mut checkpoint = None;
     fixture.reopened(|_, store| checkpoint = Some(store.admin().checkpoint().unwrap()));
-    let (image, open, checkpoint) = (fixture.disk.image(), open.unwrap(), checkpoint.unwrap());
+    let (image, open, checkpoint) = (fixture.image(), open.unwrap(), checkpoint.unwrap());
     assert!(fixture.examine(&image, None).is_clean());
     assert_eq!(fixture.verify_against(&image, &checkpoint), [""; 0]);
 
@@ -341,13 +341,13 @@ fn what_is_older_than_it_was_is_rolled_back() {
 #[test]
 fn a_checkpoint_finds_a_consistent_older_catalogue() {
     let mut fixture = Fixture::closed();
-    let old = fixture.disk.image();
+    let old = fixture.image();
     let mut checkpoint = None;
     fixture.reopened(|fixture, store| {
         fixture.put(store, AES, 0);
         checkpoint = Some(store.admin().checkpoint().unwrap());
     });
-    let (image, checkpoint) = (fixture.disk.image(), checkpoint.unwrap());
+    let (image, checkpoint) = (fixture.image(), checkpoint.unwrap());
     let damaged = image.with_dir_of(&catalogue_dir(&fixture.world.store_dir()), &old);
     // No data is lost: all records can be read.
     assert!(fixture.examine(&damaged, None).is_clean());
@@ -363,12 +363,12 @@ fn a_checkpoint_finds_a_consistent_older_catalogue() {
 #[test]
 fn an_older_keyring_is_too_old() {
     let mut fixture = Fixture::closed();
-    let old = fixture.disk.image();
+    let old = fixture.image();
     fixture.reopened(|_, store| {
         store.keys().rotate_service_key().unwrap();
     });
     let keyring = fixture.world.keyring();
-    let damaged = fixture.disk.image().with(&keyring, old.files[&keyring].clone());
+    let damaged = fixture.image().with(&keyring, old.files[&keyring].clone());
     assert_found(&fixture, "an old keyring", &damaged, "keyring_too_old");
 }
 
@@ -377,7 +377,7 @@ fn an_older_keyring_is_too_old() {
 #[test]
 fn what_was_only_wrapped_again_is_taken_as_it_was() {
     let mut fixture = Fixture::closed();
-    let old = fixture.disk.image();
+    let old = fixture.image();
     let probes = fixture.world.store_dir().join("probes");
     let probe = old.files.keys().find(|path| path.starts_with(&probes)).unwrap().clone();
     let keyring = fixture.world.keyring();
@@ -394,7 +394,7 @@ fn what_was_only_wrapped_again_is_taken_as_it_was() {
         store.keys().rewrap_all(&RewrapOptions::default(), &mut |_| {}).unwrap();
         store.keys().rewrap_keyring(Some(fixture.world.cmk())).unwrap();
     });
-    let image = fixture.disk.image();
+    let image = fixture.image();
     for path in [&probe, &keyring] {
         assert_ne!(image.files[path], old.files[path]);
         let back = image.with(path, old.files[path].clone());
@@ -402,7 +402,7 @@ fn what_was_only_wrapped_again_is_taken_as_it_was() {
         assert!(verdict.is_clean(), "{}: {verdict:?}", path.display());
     }
     fixture.reopened(|_, store| assert_eq!(store.keys().rotate_service_key().unwrap(), 2));
-    let back = fixture.disk.image().with(&keyring, old.files[&keyring].clone());
+    let back = fixture.image().with(&keyring, old.files[&keyring].clone());
     assert_found(&fixture, "a keyring from before", &back, "keyring_too_old");
 }
 
@@ -412,7 +412,7 @@ fn what_was_only_wrapped_again_is_taken_as_it_was() {
 #[test]
 fn what_was_taken_from_the_audit_log_stays_missed() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let audit = fixture.world.store_dir().join("audit/audit-000001.log");
     let lines: Vec<&[u8]> = image.files[&audit].split_inclusive(|&byte| byte == b'\n').collect();
     for left in 0..lines.len() {
@@ -490,7 +490,7 @@ fn forged_segment(
 #[test]
 fn a_forged_segment_is_a_wrong_key_and_nothing_is_built_on_it() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     for logstore in [AES, SM4, PLAIN] {
         let last = segments_of(&fixture, &image, logstore, 0).pop().unwrap();
         let version = if logstore == PLAIN { KeySource::Keyring(1) } else { KeySource::DataKey(1) };
@@ -558,7 +558,7 @@ fn a_header_that_cuts_its_predecessor_short_is_not_believed() {
     logstore.roll().unwrap();
     // The next segment is begun, and the record waits in memory.
     logstore.append(record("waits"), &buffered().shard(ShardChoice::Shard(0))).unwrap();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let [first, last] = &segments_of(&fixture, &image, AES, 0)[..] else { panic!("there are two") };
     let mut decoded = SegmentHeader::decode(&image.files[last]).unwrap();
     let Predecessor::Sealed(end) = decoded.header.predecessor else { panic!("it was sealed") };
@@ -584,7 +584,7 @@ fn a_header_that_cuts_its_predecessor_short_is_not_believed() {
 #[test]
 fn a_block_that_hides_is_found() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let path = &segments_of(&fixture, &image, AES, 0)[0];
     let original = &image.files[path];
     let range = blocks(original).0[1].clone();
@@ -622,7 +622,7 @@ fn a_block_that_hides_is_found() {
 #[test]
 fn a_forged_end_of_a_shard_is_found() {
     let fixture = Fixture::closed();
-    let image = fixture.disk.image();
+    let image = fixture.image();
     let path = &segments_of(&fixture, &image, AES, 1)[0];
     let mut bytes = image.files[path].clone();
     let at = blocks(&bytes).1;

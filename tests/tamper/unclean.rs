@@ -36,13 +36,13 @@ impl Unclean {
                 fixture.world.logstore_dir(&store.logstore(&name(logstore)).unwrap()).join(shard);
             image.files.keys().rfind(|path| path.starts_with(&dir)).unwrap().clone()
         };
-        let image = fixture.disk.image();
+        let image = fixture.image();
         for logstore in [AES, SM4, PLAIN] {
             open.insert(newest(&image, logstore, "shard-0000"), (name(logstore), 0));
         }
         if checkpoint {
             store.admin().checkpoint().unwrap();
-            let image = fixture.disk.image();
+            let image = fixture.image();
             known = open.keys().map(|path| (path.clone(), blocks(&image.files[path]).1)).collect();
         }
         for logstore in [AES, SM4, PLAIN] {
@@ -55,7 +55,7 @@ impl Unclean {
                 written.push(text);
             }
         }
-        let image = fixture.disk.image();
+        let image = fixture.image();
         drop(store);
         Self { fixture, image, open, known }
     }
@@ -384,7 +384,7 @@ fn synced_blocks_that_the_catalogue_has_noted_are_missed() {
             fixture.world.clock.advance(fixture.world.options.head_every);
             store.tick();
         }
-        let image = fixture.disk.image();
+        let image = fixture.image();
         drop(store);
         for logstore in [AES, SM4, PLAIN] {
             let path = segments_of(&fixture, &image, logstore, 0).pop().unwrap();

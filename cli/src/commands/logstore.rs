@@ -97,8 +97,13 @@ pub(crate) fn delete(setup: &Setup, args: &ConfirmedArgs) -> Result {
     let store = setup.open()?;
     let report = store.delete_logstore(&name)?;
     setup.close(store)?;
+    print_deleted(setup, &name, &report)
+}
+
+/// Prints the answer to a deletion.
+pub(super) fn print_deleted(setup: &Setup, name: &LogstoreName, report: &DeleteReport) -> Result {
     if setup.json {
-        return output::json(&Deleted { deleted: &name, report: &report });
+        return output::json(&Deleted { deleted: name, report });
     }
     output::line(format_args!("deleted {name}"))?;
     if !report.left.is_empty() {

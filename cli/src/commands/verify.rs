@@ -2,10 +2,16 @@
 
 use std::path::Path;
 
-use envelog::admin::{AcceptedLoss, Checkpoint, RepairOptions, VerifyOptions, VerifyReport};
+use envelog::{
+    LogstoreName,
+    admin::{
+        AcceptedLoss, Checkpoint, RepairOptions, RepairReport, StoreRepairReport, VerifyOptions,
+        VerifyReport,
+    },
+};
 use serde_json::json;
 
-use super::confirm;
+use super::{confirm, logstore};
 use crate::{
     args::{OutArgs, RepairArgs, VerifyArgs},
     commands::keys::write_new,
@@ -106,33 +112,93 @@ pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
 }
 
 pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {
-    let name = name(&args.name)?;
-    let what = format!("accepting the losses of shard {} of {name}", args.shard);
-    confirm(args.yes, &what)?;
-    let store = setup.open()?;
     let options = RepairOptions::default().accept_tampered(args.accept_tampered);
-    let report = store.admin().repair(&name, args.shard, &options)?;
+    match (args.name.as_deref().map(name).transpose()?, args.shard) {
+        (Some(name), _) if args.give_up => give_up(setup, &name, args.yes),
+        (Some(name), Some(shard)) => repair_shard(setup, &name, shard, &options, args.yes),
+        (Some(_), None) => Err(Failure::usage("name the shard of the Logstore (--shard N)")),
+        (None, _) => repair_all(setup, &options, args.yes),
+    }
+}
+
+fn repair_shard(
+    setup: &Setup,
+    name: &LogstoreName,
+    shard: u32,
+    options: &RepairOptions,
+    yes: bool,
+) -> Result {
+    confirm(yes, &format!("accepting the losses of shard {shard} of {name}"))?;
+    let store = setup.open()?;
+    let report = store.admin().repair(name, shard, options)?;
     setup.close(store)?;
     if setup.json {
         return output::json(&report);
     }
+    if report.segment.is_none() && report.losses.is_empty() {
+        return output::line(format_args!("shard {shard} of {name} is sound: nothing was changed"));
+    }
+    print_repair(name, &report)
+}
+
+fn repair_all(setup: &Setup, options: &RepairOptions, yes: bool) -> Result {
+    confirm(yes, "accepting all losses of the store")?;
+    let store = setup.open()?;
+    let report = store.admin().repair_all(options)?;
+    setup.close(store)?;
+    let printed = if setup.json { output::json(&report) } else { print_repairs(&report) };
+    let failed = match report.failed.first() {
+        Some(failed) => Err(failed.error.clone().into()),
+        None => Ok(()),
+    };
+    both(printed, failed)
+}
+
+fn print_repairs(report: &StoreRepairReport) -> Result {
+    if let Some(fault) = &report.audit {
+        output::line(format_args!("began a new key audit log: {}", fault.message))?;
+    }
+    for probe in &report.probes {
+        output::line(format_args!("removed the damaged probe {}", probe.display()))?;
+    }
+    for repair in &report.shards {
+        print_repair(&repair.logstore, &repair.report)?;
+    }
+    for failed in &report.failed {
+        output::line(format_args!("NOT REPAIRED {}: {}", failed.logstore, failed.error))?;
+    }
+    if report.audit.is_none()
+        && report.probes.is_empty()
+        && report.shards.is_empty()
+        && report.failed.is_empty()
+    {
+        output::line(format_args!("the store is sound: nothing was changed"))?;
+    }
+    Ok(())
+}
+
+fn print_repair(name: &LogstoreName, report: &RepairReport) -> Result {
+    let shard = report.shard;
     for loss in &report.losses {
         let AcceptedLoss { first_ordinal, last_ordinal, from_seq, end_seq, .. } = loss;
         output::line(format_args!(
-            "accepted the loss of segments {first_ordinal} to {last_ordinal}: groups from number {from_seq} to before {end_seq}"
+            "accepted the loss of segments {first_ordinal} to {last_ordinal} of shard {shard} of {name}: groups from number \
+             {from_seq} to before {end_seq}"
         ))?;
     }
-    match &report.segment {
-        None if report.losses.is_empty() => output::line(format_args!(
-            "shard {} of {name} is sound: nothing was changed",
-            args.shard
-        )),
-        None => Ok(()),
-        Some(segment) => output::line(format_args!(
-            "repaired {}: {} after the damage kept, {} discarded",
-            segment.display(),
-            format_args!("{} groups", output::count(report.groups_salvaged)),
-            output::size(report.bytes_lost)
-        )),
-    }
+    let Some(segment) = &report.segment else { return Ok(()) };
+    output::line(format_args!(
+        "repaired {}: {} groups after the damage kept, {} discarded",
+        segment.display(),
+        output::count(report.groups_salvaged),
+        output::size(report.bytes_lost)
+    ))
+}
+
+fn give_up(setup: &Setup, name: &LogstoreName, yes: bool) -> Result {
+    confirm(yes, &format!("giving up {name}"))?;
+    let store = setup.open()?;
+    let report = store.admin().give_up(name)?;
+    setup.close(store)?;
+    logstore::print_deleted(setup, name, &report)
 }

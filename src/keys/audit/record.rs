@@ -63,8 +63,12 @@ pub enum AuditEvent {
     /// The store has an anchor from now on.
     Anchored,
     /// An operator has accepted the loss of segments. The detail names the shard, the segments, the
-    /// sequence numbers, the user of the process, and the damage.
+    /// sequence numbers, the user of the process, and the damage. Without a Logstore, the loss is
+    /// that of the key audit log before this record.
     LossAccepted,
+    /// An operator has given up a Logstore whose metadata is lost. The detail names the damage, and
+    /// the user of the process. The deletion follows.
+    GivenUp,
     /// A store that has an anchor was opened for writing without it.
     OpenedWithoutAnchor,
 }

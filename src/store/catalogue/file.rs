@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::BufMut;
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use super::{Catalogue, Change};
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, to_json},
     error::Location,
     ids::StoreId,
-    io::{self, Disk, Existing, FileKind, OpenMode},
+    io::{self, Disk, Existing, OpenMode},
     keys::keyring::Keyring,
     wire::{Cursor, DecodeError, Features, put_crc, strip_crc},
 };
@@ -64,22 +65,25 @@ impl Place {
         format!("{:010}-{:010}", self.epoch, self.serial)
     }
 
+    /// Parses the name of a catalogue file or of its second copy. `None` for any other name.
     fn parse(name: &str) -> Option<Self> {
+        let name = io::original_name(name);
         let (epoch, serial) = name.split_once('-')?;
         let place = Self { epoch: epoch.parse().ok()?, serial: serial.parse().ok()? };
         (place.name() == name).then_some(place)
     }
 }
 
-/// Whether this is the name of a catalogue file.
+/// Whether this is the name of a catalogue file or of its second copy.
 pub(super) fn is_catalogue_file(name: &str) -> bool {
     Place::parse(name).is_some()
 }
 
-/// Whether this is the name of a catalogue file, or of its temporary file.
+/// Whether this is the name of a catalogue file, of its second copy, or of a temporary file for
+/// either.
 pub(crate) fn is_catalogue_file_or_temporary(name: &str) -> bool {
     let stem = name.split('.').next().unwrap_or_default();
-    is_catalogue_file(stem) && (stem == name || io::is_temporary(name, stem))
+    is_catalogue_file(stem) && io::is_either_or_temporary(name, stem)
 }
 
 /// Whether the store in `dir` has a catalogue file.
@@ -115,6 +119,8 @@ pub(crate) struct Loaded {
     pub(crate) features: Features,
     /// The version of the service keyring that authenticates the last record.
     pub(crate) keyring_version: u32,
+    /// The file, or its second copy, if that one is lost or damaged.
+    pub(crate) lost: Option<PathBuf>,
 }
 
 /// The bytes of a new file without records, and the tag that the first record covers.
@@ -380,7 +386,8 @@ impl Parser<'_> {
         self.check_tips(tips_at, tips, confirmed, last, at)?;
         catalogue.generation = last.number;
         let (path, features) = (self.path.to_owned(), document.features);
-        Ok(Loaded { catalogue, place, path, features, keyring_version: version })
+        let lost = None;
+        Ok(Loaded { catalogue, place, path, features, keyring_version: version, lost })
     }
 
     /// Checks the tips against the last record, which ends at `end`.
@@ -443,7 +450,7 @@ pub(crate) fn write_first(
     let path = place.path(&super::dir(dir));
     let catalogue = Catalogue { generation: 1, ..Catalogue::default() };
     let (bytes, _) = encode_snapshot(&catalogue, place, store, keyring)?;
-    io::write_file(disk, &path, &bytes, Existing::Keep).map_err(Error::io("write", path))
+    io::write_twice(disk, &path, &bytes, Existing::Keep).map_err(Error::io("write", path))
 }
 
 /// The highest epoch in the names of the catalogue files in `dir`. It is not authenticated.
@@ -494,29 +501,61 @@ pub(crate) fn load_newest(
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(missing()),
             entries => entries.map_err(Error::io("list", &dir))?,
         };
-        let places =
-            entries.iter().filter_map(|entry| Some((Place::parse(&entry.name)?, entry.kind)));
-        let Some((place, kind)) = places.max_by_key(|(place, _)| *place) else {
+        let Some(place) = entries.iter().filter_map(|entry| Place::parse(&entry.name)).max() else {
             return Err(missing());
         };
         let path = place.path(&dir);
-        if kind == FileKind::Directory {
-            let wrong =
-                io::WrongFileType { path: path.clone(), expected: FileKind::File, found: kind };
-            return Err(Error::io("read", path)(wrong.into()));
-        }
-        match read(disk, &path) {
+        match load(disk, place, &path, store, keyring) {
             // The writer has begun another file in between.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => found = Some(path),
-            bytes => {
-                let bytes = bytes.map_err(Error::io("read", &path))?;
-                return Parser { bytes: &bytes, path: &path, keyring, key: None, is_mirror: false }
-                    .parse(Some(place), store);
-            }
+            Err(error) if error.is_not_found() => found = Some(path),
+            loaded => return loaded,
         }
     }
     Err(found
         .map_or_else(missing, |path| Error::io("read", path)(std::io::ErrorKind::NotFound.into())))
+}
+
+/// Loads the catalogue file at a place, or its second copy: the one that reaches further, since the
+/// other may lack a record that was not synced, or may be an older one.
+///
+/// # Errors
+/// The integrity errors of the file if neither can be loaded. [`Error::WrongFileType`] if the file
+/// is none.
+fn load(
+    disk: &dyn Disk,
+    place: Place,
+    path: &Path,
+    store: StoreId,
+    keyring: &Keyring,
+) -> Result<Loaded> {
+    let parse = |path: &Path, bytes: &[u8]| {
+        Parser { bytes, path, keyring, key: None, is_mirror: false }.parse(Some(place), store)
+    };
+    let beside = io::copy_path(path);
+    let original = read(disk, path).map_err(Error::io("read", path));
+    let copy = read(disk, &beside).map_err(Error::io("read", &beside));
+    if let (Ok(original), Ok(copy)) = (&original, &copy)
+        && original == copy
+    {
+        return parse(path, original);
+    }
+    let original = original.and_then(|bytes| parse(path, &bytes));
+    let copy = copy.and_then(|bytes| parse(&beside, &bytes));
+    let (loaded, lost) = match (original, copy) {
+        (Ok(original), Ok(copy)) if copy.catalogue.generation > original.catalogue.generation => {
+            (copy, None)
+        }
+        (Ok(original), Ok(_)) => (original, None),
+        (Ok(original), Err(error)) => (original, Some((beside, error))),
+        (Err(error), Ok(copy)) if document::may_be_lost(&error) => {
+            (copy, Some((path.to_owned(), error)))
+        }
+        (Err(error), _) => return Err(error),
+    };
+    if let Some((path, error)) = &lost {
+        warn!(path = %path.display(), %error, "catalogue file lost or damaged; the other copy is in use");
+    }
+    Ok(Loaded { lost: lost.map(|(path, _)| path), ..loaded })
 }
 
 /// Reads a whole file that a writer may be appending to. Reads it again if it has grown, because a

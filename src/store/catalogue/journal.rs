@@ -16,7 +16,7 @@ use crate::{
     config::LogstoreName,
     epoch::Fence,
     ids::{LogstoreId, StoreId},
-    io::{self, Disk, DiskFile, Existing, OpenMode},
+    io::{self, Disk, DiskFile, Existing, FileKind, OpenMode},
     keys::service_key::ServiceKey,
     shard::{Head, RecordHead},
     sync::{Condvar, LockRank, Mutex, RwLock, RwLockReadGuard, lock, read, wait, write},
@@ -67,10 +67,10 @@ struct Files {
     current: Option<Writer>,
 }
 
-/// The file that takes the records.
+/// The file that takes the records, and its second copy.
 struct Writer {
     fence: Arc<Fence>,
-    file: Arc<dyn DiskFile>,
+    files: [Arc<dyn DiskFile>; 2],
     path: PathBuf,
     serial: u64,
     /// The length of the snapshot with its tips.
@@ -86,7 +86,22 @@ struct Writer {
 impl Writer {
     fn mirror(&self) -> Mirror {
         let place = AnchorPlace { epoch: self.fence.epoch(), serial: self.serial };
-        Mirror::new(Arc::clone(&self.file), place, self.end)
+        let [file, _] = &self.files;
+        Mirror::new(Arc::clone(file), place, self.end)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        let mut files = self.files.iter();
+        files
+            .try_for_each(|file| file.write_at(bytes, offset))
+            .map_err(Error::io("write", &self.path))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.files
+            .iter()
+            .try_for_each(|file| file.sync_data())
+            .map_err(Error::io("sync", &self.path))
     }
 }
 
@@ -139,27 +154,32 @@ impl Journal {
         Self { fence: Some(fence), ..reading }
     }
 
-    /// Writes a new file, and removes the others.
+    /// Writes a new file and its second copy, and removes the others.
     fn begin(&self, catalogue: &Catalogue, serial: u64, fence: Arc<Fence>) -> Result<Writer> {
         let disk = &*self.disk;
         let place = Place { epoch: fence.epoch(), serial };
         let path = place.path(&self.dir);
+        let beside = io::copy_path(&path);
         let (bytes, tag) =
             file::encode_snapshot(catalogue, place, self.store, &self.service.keyring())?;
-        io::write_file(disk, &path, &bytes, Existing::Keep).map_err(Error::io("write", &path))?;
+        io::write_twice(disk, &path, &bytes, Existing::Keep).map_err(Error::io("write", &path))?;
         fence.check()?;
         for entry in disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
             let other = self.dir.join(&entry.name);
-            if other != path && file::is_catalogue_file(&entry.name) {
+            let is_old = file::is_catalogue_file(&entry.name) && other != path && other != beside;
+            // A directory is no catalogue file, whatever its name.
+            if is_old && entry.kind != FileKind::Directory {
                 disk.remove_file(&other).map_err(Error::io("remove", &other))?;
             }
         }
         // If an earlier file comes back after a crash, the newer file is still in force.
         disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
-        let file = disk.open(&path, OpenMode::ReadWrite).map_err(Error::io("open", &path))?;
+        let open =
+            |path: &Path| disk.open(path, OpenMode::ReadWrite).map_err(Error::io("open", path));
+        let files = [open(&path)?, open(&beside)?];
         let len = bytes.len() as u64;
         let last = Tip { number: catalogue.generation, tag };
-        Ok(Writer { fence, file, path, serial, snapshot_len: len, end: len, last, settled: true })
+        Ok(Writer { fence, files, path, serial, snapshot_len: len, end: len, last, settled: true })
     }
 
     /// The durable catalogue. The caller must not commit while it holds this guard.
@@ -236,7 +256,7 @@ impl Journal {
         let Some(mut writer) = files.current.take_if(|writer| !writer.settled) else {
             return Ok(());
         };
-        writer.file.sync_data().map_err(Error::io("sync", &writer.path))?;
+        writer.sync()?;
         writer.settled = true;
         files.current = Some(writer);
         Ok(())
@@ -335,12 +355,12 @@ impl Journal {
         let (offset, sector) = last.encode_at(writer.snapshot_len, version, &key);
         // Before the disk, which may hang.
         drop(key);
-        writer.file.write_at(&bytes, writer.end).map_err(Error::io("write", &writer.path))?;
-        writer.file.sync_data().map_err(Error::io("sync", &writer.path))?;
+        writer.write_at(&bytes, writer.end)?;
+        writer.sync()?;
         // A writer that has taken over may not have read the record.
         writer.fence.check()?;
         // The next sync makes the tip durable. The record is in force before that.
-        writer.file.write_at(&sector, offset).map_err(Error::io("write", &writer.path))?;
+        writer.write_at(&sector, offset)?;
         writer.end += bytes.len() as u64;
         writer.last = last;
         writer.settled = false;

@@ -1,6 +1,6 @@
 //! The options, the progress and the report of a verification.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize, Serializer, ser::SerializeStruct};
 
@@ -61,7 +61,7 @@ pub struct VerifyFault {
 }
 
 impl VerifyFault {
-    pub(super) fn of(logstore: Option<&LogstoreName>, error: &Error) -> Self {
+    pub(in crate::store) fn of(logstore: Option<&LogstoreName>, error: &Error) -> Self {
         let at = match error {
             Error::WrongKey { at }
             | Error::Tampered { at, .. }
@@ -114,6 +114,15 @@ impl VerifyReport {
     /// Whether the verification found no fault in the objects that it could check.
     pub fn is_clean(&self) -> bool {
         self.faults.is_empty()
+    }
+
+    /// Adds a note about a lost or damaged copy of a file that exists twice.
+    pub(super) fn lost_copy(&mut self, path: &Path) {
+        self.notes.push(format!(
+            "{} is lost or damaged, and its other copy is whole; the next opening for writing \
+             writes it again",
+            path.display()
+        ));
     }
 
     /// Adds a finding to the report. Returns an error that is no finding.

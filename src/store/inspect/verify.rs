@@ -1,7 +1,7 @@
 //! Verification of a whole store: checks everything that can be checked, and lists each fault with
 //! its place.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, path::Path};
 
 use super::{
     checkpoint::{CheckpointBody, CheckpointEntry, open_checkpoint},
@@ -11,6 +11,8 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     config::LogstoreName,
+    error::Location,
+    io,
     keys::{
         AuditEvent, AuditRecord,
         envelope::{KeysSection, TaggedKeys},
@@ -18,9 +20,9 @@ use crate::{
     logstore::{LogstoreShared, Meta},
     shard::{Head, SegmentRef, Shard, ShardRecord},
     store::{
-        catalogue::{Catalogue, load_newest},
+        catalogue::{Catalogue, Loaded, load_newest},
         core::Core,
-        identity::verify_identity,
+        identity::{identity_path, load_identity},
     },
 };
 
@@ -43,11 +45,7 @@ impl Verification<'_> {
     /// log, directories that the catalogue does not list, and the checkpoint. The caller holds the
     /// administration.
     fn store(&mut self, against: Option<&CheckpointBody>) -> Result<()> {
-        for checked in self.documents() {
-            if let Err(error) = checked {
-                self.report.note(None, error)?;
-            }
-        }
+        self.documents()?;
         let catalogue = self.core.registry.catalogue().clone();
         let records = self.audit_log(&catalogue, against)?;
         if self.core.keys.keyring().is_rotating() {
@@ -73,22 +71,35 @@ impl Verification<'_> {
         against.map_or(Ok(()), |against| self.catalogue(&catalogue, &records, against))
     }
 
-    /// The documents of the store, as they are on disk now.
-    fn documents(&self) -> [Result<()>; 3] {
+    /// Verifies the documents of the store, as they are on disk now.
+    fn documents(&mut self) -> Result<()> {
         let Core { env, keys, registry } = self.core;
         let keyring = keys.keyring();
+        match load_identity(&*env.disk, &env.dir, &keyring) {
+            Ok((_, bytes)) => self.copies(&identity_path(&env.dir), &bytes),
+            Err(error) => self.report.note(None, error)?,
+        }
         // Shards that roll add records to the catalogue at the same time.
         let known = registry.catalogue().generation;
-        let catalogue = load_newest(&*env.disk, &env.dir, env.id, &keyring).and_then(|found| {
-            let found = found.catalogue.generation;
-            if env.read_only || found >= known {
-                return Ok(());
+        match load_newest(&*env.disk, &env.dir, env.id, &keyring) {
+            Ok(Loaded { catalogue, lost, .. }) => {
+                let found = catalogue.generation;
+                if !env.read_only && found < known {
+                    let what = format!(
+                        "the catalogue is of generation {found}, it was written as {known}"
+                    );
+                    self.report.note(None, Error::RolledBack { what })?;
+                }
+                if let Some(lost) = lost {
+                    self.report.lost_copy(&lost);
+                }
             }
-            Err(Error::RolledBack {
-                what: format!("the catalogue is of generation {found}, it was written as {known}"),
-            })
-        });
-        [verify_identity(&*env.disk, &env.dir, &keyring), keyring.verify_file(), catalogue]
+            Err(error) => self.report.note(None, error)?,
+        }
+        if let Err(error) = keyring.verify_file() {
+            self.report.note(None, error)?;
+        }
+        Ok(())
     }
 
     /// Verifies the audit log, and compares the catalogue with it. Returns the records; none if
@@ -140,11 +151,21 @@ impl Verification<'_> {
         }
         for (name, expected) in &against.logstores {
             let same = catalogue.logstores.get(name).is_some_and(|entry| entry.id == expected.id);
-            let deleted = records.iter().skip(against.audit.number as usize).any(|record| {
-                record.logstore_id == Some(expected.id)
-                    && matches!(record.event, AuditEvent::DeleteIntended | AuditEvent::Deleted)
-            });
-            if deleted {
+            let since = records.iter().skip(against.audit.number as usize);
+            let since = since.filter(|record| record.logstore_id == Some(expected.id));
+            let has = |event| since.clone().any(|record| record.event == event);
+            let deleted = has(AuditEvent::DeleteIntended) || has(AuditEvent::Deleted);
+            if has(AuditEvent::GivenUp) {
+                let what =
+                    format!("Logstore {name}, which the checkpoint knows, was lost and given up");
+                self.report.note(
+                    Some(name),
+                    Error::Truncated {
+                        at: Location::new(self.core.env.logstore_dir(expected.id), 0),
+                        what,
+                    },
+                )?;
+            } else if deleted {
                 self.report.notes.push(format!("Logstore {name} was deleted since the checkpoint"));
             } else if !same {
                 let what = format!("Logstore {name}, which the checkpoint knows, is not there");
@@ -185,7 +206,7 @@ impl Verification<'_> {
     }
 
     /// Reads the metadata in force from its file.
-    fn meta_on_disk(&self, logstore: &LogstoreShared) -> Result<Meta> {
+    fn meta_on_disk(&mut self, logstore: &LogstoreShared) -> Result<Meta> {
         let Core { env, keys, .. } = self.core;
         loop {
             let current = logstore.meta_reference();
@@ -197,16 +218,27 @@ impl Verification<'_> {
                 &keys.keyring(),
                 &current,
             );
-            if found.is_ok() {
-                return found;
-            }
+            let found = match found {
+                Ok((meta, bytes)) => {
+                    self.copies(&current.path(&logstore.dir), &bytes);
+                    return Ok(meta);
+                }
+                Err(error) => error,
+            };
             // This process, or the writer that a reader follows, may have replaced the metadata.
             if env.read_only {
                 logstore.gate.catch_up()?;
             }
             if logstore.meta_reference() == current {
-                return found;
+                return Err(found);
             }
+        }
+    }
+
+    /// Notes a lost or damaged copy of a file that exists twice. `bytes` are those of the other.
+    fn copies(&mut self, path: &Path, bytes: &[u8]) {
+        for lost in io::lost_of_two(&*self.core.env.disk, path, bytes) {
+            self.report.lost_copy(&lost);
         }
     }
 

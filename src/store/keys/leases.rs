@@ -122,7 +122,7 @@ impl KeyService {
         if let Some(lease) = lock(&self.leases).get(cmk) {
             return Ok(Arc::clone(lease));
         }
-        let probe = match self.load_probe(cmk)? {
+        let probe = match self.usable_probe(cmk)? {
             Some(probe) => probe,
             // The unwrap of an envelope renews a lease as well as the unwrap of a probe does.
             None => self.envelope_probe(section, id)?,

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use super::{KeyService, KmsOrEngine};
 use crate::{
@@ -117,6 +118,20 @@ impl KeyService {
         Ok(Some(self.probe(&found)))
     }
 
+    /// As [`KeyService::load_probe`], but a damaged probe is none: the envelopes take its place.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and the integrity errors of a probe that was forged or exchanged.
+    pub(super) fn usable_probe(&self, cmk: &Cmk) -> Result<Option<Probe>> {
+        match self.load_probe(cmk) {
+            Err(error) if error.is_loss() => {
+                warn!(key = %cmk.cmk_key_id, %error, "probe damaged; an envelope takes its place");
+                Ok(None)
+            }
+            found => found,
+        }
+    }
+
     fn probe(&self, file: &ProbeFile) -> Probe {
         let (wrapped, fingerprint) = (file.wrapped.clone(), file.fingerprint.clone());
         Probe { wrapped, context: self.probe_context(), fingerprint }
@@ -168,7 +183,7 @@ impl KeyService {
         cmk: &Cmk,
     ) -> std::result::Result<Option<ProbeFile>, KmsOrEngine> {
         let kms = self.serving(cmk)?;
-        if self.load_probe(cmk)?.is_some() {
+        if self.usable_probe(cmk)?.is_some() {
             return Ok(None);
         }
         let secret = self.draw_probe_key()?;
@@ -183,7 +198,7 @@ impl KeyService {
     /// # Errors
     /// [`Error::Io`], and the integrity errors of the existing probe.
     pub(crate) fn add_probe(&self, probe: ProbeFile) -> Result<()> {
-        match self.load_probe(&probe.cmk)? {
+        match self.usable_probe(&probe.cmk)? {
             Some(_) => Ok(()),
             None => self.write_probe(probe),
         }
@@ -242,7 +257,7 @@ impl KeyService {
         let kms = &self.serving(cmk)?;
         let path = self.probe_path(self.probe_id(kms.name(), cmk));
         let found = match self.read_probe(&path) {
-            Err(error) if error.is_not_found() => None,
+            Err(error) if error.is_not_found() || error.is_loss() => None,
             found => Some(found?),
         };
         let (secret, generation) = match &found {

@@ -87,7 +87,7 @@ impl Registry {
                 Err(Error::RolledBack { .. } | Error::Truncated { .. }) if attempts < 3 => {
                     attempts += 1
                 }
-                meta => return meta.map(|meta| (entry, meta)),
+                loaded => return loaded.map(|(meta, _)| (entry, meta)),
             }
         }
     }

@@ -9,6 +9,7 @@ use crate::{
     Error, Result,
     config::LogstoreName,
     error::Location,
+    io,
     keys::{
         gate::{FollowWriter, GateKeys},
         keyring::Keyring,
@@ -28,25 +29,28 @@ impl Registry {
             return Ok(Arc::clone(open));
         }
         let entry = self.entry(name)?;
-        let meta = self.load_meta(name, &entry)?;
-        let dir = self.env.logstore_dir(entry.id);
-        meta.features
-            .check_writing()
-            .map_err(|error| error.in_file(&entry.meta().path(&dir), 0))?;
-        if let Err(error) = remove_older_meta(&*self.env.disk, &dir, &entry.meta()) {
+        let (meta, bytes) = self.load_meta(name, &entry)?;
+        let (disk, dir) = (&*self.env.disk, self.env.logstore_dir(entry.id));
+        let path = entry.meta().path(&dir);
+        meta.features.check_writing().map_err(|error| error.in_file(&path, 0))?;
+        if let Err(error) = io::mend(disk, &path, &bytes) {
+            warn!(logstore = %name, %error, "second copy of the metadata not written");
+        }
+        if let Err(error) = remove_older_meta(disk, &dir, &entry.meta()) {
             warn!(logstore = %name, %error, "older metadata not removed");
         }
         let keys = self.keys.loaded_keys(&meta, entry.id)?;
         Ok(self.open(meta, &entry, keys))
     }
 
-    /// Reads the metadata that an entry of the catalogue names.
-    pub(super) fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<Meta> {
+    /// Reads the metadata that an entry of the catalogue names, and returns the bytes of its file
+    /// too.
+    pub(crate) fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<(Meta, Vec<u8>)> {
         let dir = self.env.logstore_dir(entry.id);
         let load = |keyring: &Keyring| {
             Meta::load(&*self.env.disk, &dir, self.env.id, entry.id, keyring, &entry.meta())
         };
-        let meta = self.keys.with_keyring(load)?;
+        let (meta, bytes) = self.keys.with_keyring(load)?;
         if meta.config.name != *name || meta.keys.as_ref().is_some_and(|keys| keys.name != *name) {
             return Err(Error::Tampered {
                 at: Location::new(&dir, 0),
@@ -60,7 +64,7 @@ impl Registry {
             );
             return Err(Error::corrupt(Location::new(self.catalogue.path(), 80), what));
         }
-        Ok(meta)
+        Ok((meta, bytes))
     }
 
     /// Opens a Logstore with this metadata and these keys, and keeps it. The caller holds the
