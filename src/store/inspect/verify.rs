@@ -285,6 +285,13 @@ impl Verification<'_> {
             Ok(segments) => segments,
             Err(error) => return self.report.note(Some(name), error),
         };
+        match shard.strangers() {
+            Ok(strangers) => self.report.notes.extend(strangers.iter().map(|path| {
+                let (path, shard) = (path.display(), shard.id());
+                format!("{path} has the name of a segment, and is none of shard {shard} of {name}")
+            })),
+            Err(error) => self.report.note(Some(name), error)?,
+        }
         let record = shard.record();
         self.losses(name, shard, &record, expected)?;
         let checkpoint = expected.and_then(|expected| expected.head.as_ref());
