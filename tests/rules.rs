@@ -318,14 +318,17 @@ const SEGMENTS: &[Row] = &[
         segment.blocks[0].header.first_seq = 2;
         segment.link = |end| end.end_seq = 2;
     }),
-    open(
-        "names of segments ascend by their first sequence numbers",
-        "begins at sequence number 0, below 4",
-        |chain| {
-            let segment = &mut chain.segments[2];
-            segment.header.first_seq = 0;
-            segment.blocks[0].header.first_seq = 0;
-        },
+    found(
+        "truncated",
+        open(
+            "names of segments ascend by their first sequence numbers",
+            "segment 3 of the shard is missing",
+            |chain| {
+                let segment = &mut chain.segments[2];
+                segment.header.first_seq = 0;
+                segment.blocks[0].header.first_seq = 0;
+            },
+        ),
     ),
     open("blocks of a sealed predecessor", "another number of blocks", |chain| {
         chain.segments[1].link = |end| end.blocks -= 1;

@@ -271,36 +271,6 @@ fn one_damaged_segment_costs_its_own_contents() {
     }
 }
 
-/// Files that no writer made have the names of later segments, with epochs above all others; one
-/// hides the other. Once their loss is accepted, they must not put the segments behind them out of
-/// force.
-#[test]
-fn strange_files_hide_no_later_segment() {
-    let scene = Scene::new(service);
-    let first = &scene.segments[0][0].0;
-    for strange in
-        ["0000000143-00000000000000040464-0000000097", "0000000163-00000000000000005184-0000000062"]
-    {
-        fs::write(first.with_file_name(format!("{strange}.seg")), b"junk").unwrap();
-    }
-    let store = scene.world.open();
-    let logstore = store.logstore(&name(NAME)).unwrap();
-    let options = AppendOptions::default().shard(ShardChoice::Shard(0));
-    assert!(logstore.append(record("refused"), &options).is_err());
-    let report = store.admin().repair(&name(NAME), 0, &RepairOptions::default()).unwrap();
-    assert_eq!(report.losses.last().unwrap().last_ordinal, 163);
-    put_in_first(&logstore, "behind it");
-    drop(logstore);
-    store.close().unwrap();
-    let store = scene.world.open();
-    let logstore = store.logstore(&name(NAME)).unwrap();
-    let (_, mut all) = scene.expected(0, &[]);
-    all.push("behind it".to_owned());
-    assert_eq!(texts(&logstore), all);
-    put_in_first(&logstore, "and again");
-    assert!(scene.verify(&store, false).is_clean());
-}
-
 /// The file of an accepted loss is there again.
 #[test]
 fn a_segment_that_comes_back_is_read() {

@@ -380,7 +380,7 @@ pub(crate) struct ReadArgs {
     /// Where to stop (exclusive)
     #[arg(long, value_name = "POSITION", value_parser = position)]
     pub(crate) to: Option<Position>,
-    /// Continue behind lost or damaged groups, and name them on standard error
+    /// Continue behind groups that are lost, damaged or shredded, and name them on standard error
     #[arg(long)]
     pub(crate) skip_lost: bool,
     /// Print at most this many logs

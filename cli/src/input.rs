@@ -3,16 +3,23 @@
 use std::{
     fs::{self, File, Metadata},
     io::{self, Read},
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, sync_channel},
     thread,
 };
 
 use bytes::{Bytes, BytesMut};
-use rustix::fs::OFlags;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::OFlags,
+    io::Errno,
+};
 
-use crate::exit::{Failure, Result, Status};
+use crate::{
+    exit::{Failure, Result, Status},
+    interrupt,
+};
 
 /// Bytes to read at once.
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -20,6 +27,8 @@ const CHUNK_BYTES: usize = 256 * 1024;
 const CHUNK_BYTES_MIN: usize = 16 * 1024;
 /// The capacity of the channel to the consumer, in chunks.
 const CHUNKS_WAITING: usize = 16;
+/// How often a thread that waits for input looks for a signal.
+const LOOK_EVERY: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 /// The largest configuration that is read from a file or standard input.
 const TEXT_BYTES_MAX: u64 = 1 << 20;
 
@@ -43,7 +52,7 @@ pub(crate) struct Inputs {
 
 /// Opens all files, then starts to read. `-` is standard input, and so is an empty list.
 pub(crate) fn open(files: &[PathBuf]) -> Result<Inputs> {
-    let mut sources: Vec<(String, PathBuf, Box<dyn Read + Send>)> = Vec::new();
+    let mut sources: Vec<(String, PathBuf, Box<dyn Source>)> = Vec::new();
     let mut total = Some(0);
     let stdin = [PathBuf::from("-")];
     for path in if files.is_empty() { &stdin } else { files } {
@@ -69,6 +78,7 @@ pub(crate) fn open(files: &[PathBuf]) -> Result<Inputs> {
                 return;
             }
             let last = match pump(&mut *source, |bytes| send(Input::Bytes(bytes))) {
+                Ok(()) if interrupt::asked() => return,
                 Ok(()) => Input::End,
                 Err(error) => Input::Failed(Failure::file("read", &path, &error)),
             };
@@ -84,10 +94,16 @@ pub(crate) fn open(files: &[PathBuf]) -> Result<Inputs> {
     Ok(Inputs { receiver, total })
 }
 
-/// Passes on the data of `source` until the end or until `take` returns false.
-fn pump(source: &mut dyn Read, mut take: impl FnMut(Bytes) -> bool) -> io::Result<()> {
+/// A file, a pipe or standard input.
+trait Source: Read + AsFd + Send {}
+
+impl<T: Read + AsFd + Send> Source for T {}
+
+/// Passes on the data of `source` until the end, until a signal, or until `take` returns false. It
+/// reads nothing after a signal, so that no line is taken out of a pipe and dropped.
+fn pump(source: &mut dyn Source, mut take: impl FnMut(Bytes) -> bool) -> io::Result<()> {
     let mut buffer = BytesMut::new();
-    loop {
+    while has_input(source)? {
         if buffer.len() < CHUNK_BYTES_MIN {
             buffer = BytesMut::zeroed(CHUNK_BYTES);
         }
@@ -102,6 +118,19 @@ fn pump(source: &mut dyn Read, mut take: impl FnMut(Bytes) -> bool) -> io::Resul
             Err(error) => return Err(error),
         }
     }
+    Ok(())
+}
+
+/// Waits until `source` has data or has ended. Returns `false` after a signal.
+fn has_input(source: &dyn Source) -> io::Result<bool> {
+    while !interrupt::asked() {
+        let mut fds = [PollFd::from_borrowed_fd(source.as_fd(), PollFlags::IN)];
+        match poll(&mut fds, Some(&LOOK_EVERY)) {
+            Ok(0) | Err(Errno::INTR) => {}
+            ready => return Ok(ready.map(|_| true)?),
+        }
+    }
+    Ok(false)
 }
 
 /// The last part of a path. It becomes the source of the logs.

@@ -25,6 +25,8 @@ const BUFFER_BYTES: usize = 256 * 1024;
 
 /// A log without its group.
 pub(crate) struct OneLog {
+    /// The sequence number of its group.
+    pub(crate) seq: u64,
     pub(crate) receive_time_us: u64,
     text: Vec<u8>,
 }
@@ -77,7 +79,7 @@ pub(crate) fn logs(shard: u32, record: &Record, format: Format) -> Result<Vec<On
     each_log(shard, record, format, |write| {
         let mut text = Vec::new();
         write(&mut text).map_err(|error| Failure::output(&error))?;
-        all.push(OneLog { receive_time_us: record.receive_time_us, text });
+        all.push(OneLog { seq: record.seq, receive_time_us: record.receive_time_us, text });
         Ok(())
     })?;
     Ok(all)

@@ -119,6 +119,72 @@ fn the_losses_of_a_store_are_accepted() {
     world.create("p/gone", &service("sm4"));
 }
 
+#[test]
+fn history_that_cannot_be_read_fails_no_tail() {
+    let newest = b"4.1\n4.2\n4.3\n";
+    for fault in ["lost", "junk", "exchanged", "shredded"] {
+        let world = filled();
+        let (first, second) = (segment(&world, 1), segment(&world, 2));
+        match fault {
+            "lost" => fs::remove_file(&first).unwrap(),
+            "junk" => fs::write(&first, "junk").unwrap(),
+            "exchanged" => drop(fs::copy(&second, &first).unwrap()),
+            _ => {
+                world.ok(&["keys", "rotate-data", "p/l"]);
+                world.ok(&["keys", "shred", "p/l", "--version", "1", "--yes"]);
+                world.ok(&["append", "p/l", &world.file("new", newest)]);
+            }
+        }
+        assert_eq!(world.ok(&["tail", "p/l", "-n", "3"]), newest, "{fault}");
+        // More logs than can be read.
+        let tail = world.run(&["tail", "p/l", "-n", "100"]);
+        if fault == "exchanged" {
+            tail.assert(5);
+            continue;
+        }
+        tail.assert(0);
+        assert!(tail.stdout.ends_with(newest), "{fault}");
+        assert!(tail.stderr.contains("shard 0 has lost groups"), "{fault}: {}", tail.stderr);
+        assert_eq!(tail.stderr.contains("key was destroyed"), fault == "shredded");
+    }
+}
+
+#[test]
+fn a_damaged_logstore_hides_no_other() {
+    for damage in ["metadata", "segment"] {
+        let world = filled();
+        let logstore = segment(&world, 1).ancestors().nth(2).unwrap().to_owned();
+        let damaged: Vec<_> = match damage {
+            "segment" => vec![segment(&world, 4)],
+            // The metadata, and a copy of it if there is one.
+            _ => {
+                let all = fs::read_dir(logstore).unwrap().map(|entry| entry.unwrap().path());
+                all.filter(|path| path.to_str().unwrap().contains("/meta-")).collect()
+            }
+        };
+        world.create("p/other", &service("sm4"));
+        world.ok(&["append", "p/other", &world.file("lines", "other\n")]);
+        damaged.iter().for_each(|path| fs::write(path, "junk").unwrap());
+
+        assert_eq!(world.ok(&["list"]), b"p/l\np/other\n");
+        assert_eq!(world.read("p/other"), b"other\n");
+        let status = world.run(&["status", "--json"]);
+        status.assert(if damage == "metadata" { 5 } else { 0 });
+        let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+        let shown = status["logstores"].as_array().unwrap();
+        assert!(shown.iter().any(|one| one["name"] == "p/other" && one["logs"] == 1), "{status}");
+        assert_eq!(status["failed"].as_array().unwrap().len(), usize::from(damage == "metadata"));
+
+        let checkpoint = world.run(&["checkpoint", "--out", "checkpoint", "--json"]);
+        checkpoint.assert(5);
+        assert!(checkpoint.stderr.contains("p/l"), "{}", checkpoint.stderr);
+        let checkpoint: serde_json::Value = serde_json::from_slice(&checkpoint.stdout).unwrap();
+        assert_eq!(checkpoint["failed"].as_array().unwrap().len(), 1);
+        assert_eq!(checkpoint["failed"][0]["name"], "p/l");
+        world.ok(&["verify", "p/other", "--against", "checkpoint"]);
+    }
+}
+
 /// The segments were copied, then the store went on, and then the rest was copied.
 #[test]
 fn a_plain_copy_of_a_live_store_gives_what_is_in_it() {

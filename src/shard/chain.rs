@@ -100,7 +100,10 @@ fn prove_one(
     sealed: bool,
     end: PredecessorEnd,
 ) -> Result<Proved> {
-    let opened = list.open_segment(name)?;
+    let opened = match sealed {
+        true => list.open_sealed(name, end)?,
+        false => list.open_segment(name)?,
+    };
     let header = &opened.header;
     let same = match &opened.end {
         End::Sealed(found) if sealed => {

@@ -347,6 +347,11 @@ impl Shard {
         self.list.segments(true)
     }
 
+    /// See [`SegmentList::strangers`].
+    pub(crate) fn strangers(&self) -> Result<Vec<PathBuf>> {
+        self.list.strangers()
+    }
+
     /// See [`SegmentList::open_listed`].
     pub(crate) fn open_listed(&self, name: &SegmentRef) -> Result<Option<Opened>> {
         self.list.open_listed(name)

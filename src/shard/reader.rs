@@ -12,7 +12,7 @@ use super::{
     segments::{End, SegmentList},
 };
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     crypto::wipe_shared,
     error::Location,
     group::{self, LogGroup},
@@ -84,8 +84,9 @@ pub struct ReadOptions {
     pub max_bytes: Option<u64>,
     /// How sealed segments are fetched.
     pub mode: ReadMode,
-    /// Whether to continue behind groups that are lost or damaged. Without it, a loss that no
-    /// operator has accepted ends the reader with [`Error::Lost`]. Forged data is always an error.
+    /// Whether to continue behind groups that are lost or damaged, or whose data key was destroyed.
+    /// Without it, a loss that no operator has accepted ends the reader with [`Error::Lost`], and a
+    /// destroyed key with [`Error::Shredded`]. Forged data is always an error.
     pub skip_lost: bool,
 }
 
@@ -124,7 +125,7 @@ impl Record {
     }
 }
 
-/// A range of sequence numbers in which groups are lost or damaged, and that a reader has passed.
+/// A range of sequence numbers in which groups cannot be read, and that a reader has passed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LostRange {
@@ -137,6 +138,9 @@ pub struct LostRange {
     pub end_seq: Option<u64>,
     /// Whether an operator has accepted the loss ([`Admin::repair`](crate::Admin::repair)).
     pub accepted: bool,
+    /// Whether the groups are there, and their data key was destroyed on purpose
+    /// ([`Keys::shred_data_keys`](crate::Keys::shred_data_keys)).
+    pub shredded: bool,
 }
 
 /// Consecutive groups of one block.
@@ -210,6 +214,8 @@ pub struct Reader {
     /// A lost segment: the reader continues in the segment behind it.
     passed: Option<u64>,
     next_seq: u64,
+    /// Whether a record was returned.
+    has_begun: bool,
     /// Groups received earlier are skipped.
     from_us: u64,
     /// Set while the segment to begin in must be found by time.
@@ -265,6 +271,7 @@ impl Reader {
             at: None,
             passed: None,
             next_seq: 0,
+            has_begun: false,
             from_us: 0,
             seek_time: false,
             end_seq: u64::MAX,
@@ -403,20 +410,24 @@ impl Reader {
     }
 
     /// Goes to the next group that can be read, if the reader may pass the damage that `error` is
-    /// about.
+    /// about, or if it has not begun and the segment has no wanted group.
     ///
     /// # Errors
     /// `error`, if it is about anything else; otherwise [`Error::Lost`].
     fn pass_loss(&mut self, error: Error) -> Result<()> {
         let Some(ordinal) = self.at else { return Err(error) };
         let accepted = self.is_accepted(ordinal, &error);
-        if !accepted && !error.is_loss() {
+        let shredded = matches!(error, Error::Shredded { .. });
+        if !accepted && !shredded && !error.is_loss() {
             return Err(error);
         }
-        let (shard, from_seq) = (self.list.shard(), self.next_seq);
+        // Behind a loss that was just passed.
+        let passed_to = self.lost.last().and_then(|lost| lost.end_seq).unwrap_or(0);
+        let (shard, from_seq) = (self.list.shard(), self.next_seq.max(passed_to));
         let within = match &mut self.cursor {
-            Some(cursor) => cursor.pass_lost_blocks(&self.list)?,
-            None => None,
+            // No block of a shredded segment can be read.
+            Some(cursor) if !shredded => cursor.pass_lost_blocks(&self.list)?,
+            _ => None,
         };
         let end_seq = match within {
             Some(seq) => Some(seq),
@@ -424,25 +435,43 @@ impl Reader {
             None if self.passed == Some(ordinal) => return Err(error),
             None => {
                 (self.cursor, self.passed) = (None, Some(ordinal));
-                let segments = self.list.segments(false)?;
-                let behind = segments.iter().find(|segment| segment.ordinal > ordinal);
+                if !self.has_begun && self.is_unwanted(ordinal)? {
+                    return Ok(());
+                }
+                let behind = self.list.behind(ordinal, false)?;
                 let known = self.list.record().head.filter(|head| head.ordinal >= ordinal);
                 behind.map(|segment| segment.first_seq).or(known.map(|head| head.next_seq))
             }
         };
         if !accepted && !self.skip_lost {
-            return Err(Error::Lost { shard, from_seq, end_seq, cause: Arc::new(error) });
+            return Err(match shredded {
+                true => error,
+                false => Error::Lost { shard, from_seq, end_seq, cause: Arc::new(error) },
+            });
         }
         let is_full = self.lost.len() >= LOST_RANGES_MAX;
         match self.lost.last_mut() {
             Some(last)
-                if is_full || (last.accepted == accepted && last.end_seq == Some(from_seq)) =>
+                if is_full
+                    || ((last.accepted, last.shredded, last.end_seq)
+                        == (accepted, shredded, Some(from_seq))) =>
             {
                 last.end_seq = end_seq;
             }
-            _ => self.lost.push(LostRange { shard, from_seq, end_seq, accepted }),
+            _ => self.lost.push(LostRange { shard, from_seq, end_seq, accepted, shredded }),
         }
         Ok(())
+    }
+
+    /// Whether a segment that cannot be read ends in front of the groups to begin with, by the end
+    /// that the catalogue or its successor names for it. The reader enters the successor next, and
+    /// authenticates it.
+    fn is_unwanted(&self, ordinal: u64) -> Result<bool> {
+        let end = match self.list.find(ordinal)? {
+            Some(name) => self.list.named_end(&name),
+            None => None,
+        };
+        Ok(end.is_some_and(|end| end.end_seq <= self.next_seq || end.last_time_us < self.from_us))
     }
 
     /// Whether an operator has accepted this error of a segment.
@@ -453,7 +482,7 @@ impl Reader {
     /// Counts a record that is returned.
     fn took(&mut self, record: &Record) {
         self.next_seq = record.seq + 1;
-        self.passed = None;
+        (self.has_begun, self.passed) = (true, None);
         self.groups_left -= 1;
         self.bytes_left = self.bytes_left.saturating_sub(record.bytes.len() as u64);
     }
@@ -554,46 +583,52 @@ impl Reader {
 
     /// Whether receive times go back in the shard behind the segment with this header.
     fn goes_back_after(&self, header: &DecodedHeader) -> Result<bool> {
-        let segments = self.list.segments(true)?;
+        // The directory is listed again only before the reader ends.
+        Ok(self.goes_back_by(header, &self.list.segments(false)?)?
+            || self.goes_back_by(header, &self.list.segments(true)?)?)
+    }
+
+    fn goes_back_by(&self, header: &DecodedHeader, segments: &[SegmentRef]) -> Result<bool> {
         let Some(last) = segments.last().filter(|last| last.ordinal > header.ordinal) else {
             return Ok(false);
         };
-        let Some(opened) = self.list.open_listed(last)? else { return Ok(true) };
-        self.list.authenticate(&opened)?;
-        Ok(opened.header.setbacks != header.setbacks)
+        let opened = self.list.open_listed(last).and_then(|opened| match opened {
+            Some(opened) => self.list.authenticate(&opened).map(|()| Some(opened)),
+            None => Ok(None),
+        });
+        let last = match opened {
+            Ok(opened) => opened.map(|opened| opened.header),
+            Err(Error::Shredded { .. }) => {
+                self.list.proved(last.ordinal)?.map(|proved| proved.header)
+            }
+            Err(lost) if lost.is_loss() => None,
+            Err(error) => return Err(error),
+        };
+        Ok(last.is_none_or(|last| last.setbacks != header.setbacks))
     }
 
     /// Enters the segment after the one with this header, whose last group was received at that
     /// time; 0 if it is not known. `false` if there is none yet.
     fn enter_next(&mut self, before: &(Arc<DecodedHeader>, u64)) -> Result<bool> {
         let ordinal = before.0.ordinal;
-        let mut segments = self.list.segments(false)?;
-        // Lists the directory again only when no successor is known, so that reading a shard from
-        // end to end does not list it once for each segment.
-        if segments.last().is_none_or(|last| last.ordinal <= ordinal) {
-            segments = self.list.segments(true)?;
-        }
-        let position = segments.partition_point(|segment| segment.ordinal <= ordinal);
-        let Some(next) = segments.get(position) else { return Ok(false) };
+        let Some(next) = self.list.behind(ordinal, true)? else { return Ok(false) };
         // Once retention has dropped a segment, the writer may have forgotten when its last group
         // was received.
-        let listed = position.checked_sub(1).and_then(|position| segments.get(position));
-        let is_there = listed.is_some_and(|segment| segment.ordinal == ordinal);
+        let is_there = self.list.find(ordinal)?.is_some();
         let follows = is_there && next.ordinal == ordinal + 1;
-        self.enter(next, follows.then_some(before))?;
+        self.enter(&next, follows.then_some(before))?;
         Ok(true)
     }
 
     /// Finds the segment and the block to begin with. `false` when there are none yet. If there is
     /// no cursor after `true`, retention has dropped the segment: the caller tries again.
     fn begin(&mut self) -> Result<bool> {
-        let segments = self.list.segments(true)?;
         if let Some(passed) = self.passed {
-            let behind = segments.iter().find(|segment| segment.ordinal > passed);
-            let Some(behind) = behind else { return Ok(false) };
-            self.enter(behind, None)?;
+            let Some(behind) = self.list.behind(passed, true)? else { return Ok(false) };
+            self.enter(&behind, None)?;
             return Ok(true);
         }
+        let segments = self.list.segments(true)?;
         let position = if self.seek_time {
             let mut low = 0;
             let mut high = segments.len();
@@ -601,7 +636,9 @@ impl Reader {
             // O(log n) of them. The latest receive time in front of a segment never decreases.
             while low < high {
                 let middle = low.midpoint(high);
-                // A lost segment has no time, so the next one with a time decides for it.
+                // A segment that cannot be opened has no time, so the next one with a time decides
+                // for it. No time is authenticated here. The reader begins in a segment that names
+                // the latest time in front of it, and authenticates that.
                 let (mut at, mut before_us) = (middle, None);
                 while let Some(segment) = segments.get(at).filter(|_| at < high)
                     && before_us.is_none()
@@ -609,7 +646,7 @@ impl Reader {
                     before_us = match self.list.open_listed(segment) {
                         Ok(Some(opened)) => Some(opened.header.latest_before_us()),
                         Ok(None) => return Ok(true),
-                        Err(lost) if lost.is_loss() => None,
+                        Err(error) if error.kind() == ErrorKind::Integrity => None,
                         Err(error) => return Err(error),
                     };
                     at += 1;
@@ -741,12 +778,21 @@ pub(super) fn end_seq(list: &SegmentList) -> Result<u64> {
         let record = list.record();
         return Ok(record.head.map_or(record.first_seq, |head| head.end_seq.max(record.first_seq)));
     };
-    let opened = list.open_segment(last)?;
+    let known = list.record().head.filter(|head| head.ordinal == last.ordinal);
+    let known = known.map_or(last.first_seq, |head| head.end_seq);
+    let opened = match list.open_segment(last) {
+        Err(lost) if lost.is_loss() => match list.open_damaged(last, lost) {
+            Err(lost) if lost.is_loss() => return Ok(known),
+            opened => opened?,
+        },
+        opened => opened?,
+    };
     Ok(match &opened.end {
         End::Sealed(sealed) => sealed.footer.end_seq,
         End::Cut(end) => end.end_seq,
         End::Active(view) => view.with_counts(|counts| counts.end_seq),
-        End::Unknown | End::Damaged(_) => count(&opened, opened.file_len()?)?.0.end_seq,
+        End::Unknown => count(&opened, opened.file_len()?)?.0.end_seq,
+        End::Damaged(_) => count(&opened, opened.file_len()?)?.0.end_seq.max(known),
     })
 }
 
@@ -757,8 +803,21 @@ fn proven_end_seq(list: &SegmentList) -> Result<u64> {
     }
     let segments = list.segments(true)?;
     let Some(last) = segments.last() else { return end_seq(list) };
-    let opened = list.open_segment(last)?;
-    list.authenticate(&opened)?;
+    let authenticated = list.open_segment(last).and_then(|opened| {
+        list.authenticate(&opened)?;
+        Ok(opened)
+    });
+    let opened = match authenticated {
+        Ok(opened) => opened,
+        // The catalogue has the end of a sealed segment that cannot be read.
+        Err(error) if error.is_loss() || matches!(error, Error::Shredded { .. }) => {
+            list.reload_record().transpose()?;
+            let head = list.record().head;
+            let head = head.filter(|head| head.ordinal == last.ordinal && head.sealed);
+            return head.map(|head| head.end_seq).ok_or(error);
+        }
+        Err(error) => return Err(error),
+    };
     Ok(match &opened.end {
         End::Sealed(sealed) => {
             let end_seq = sealed.footer.end_seq;

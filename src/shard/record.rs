@@ -34,7 +34,18 @@ impl Default for ShardRecord {
 impl ShardRecord {
     /// The accepted loss that includes a segment.
     pub(crate) fn loss(&self, ordinal: u64) -> Option<&Loss> {
-        self.losses.iter().find(|loss| (loss.first..=loss.last).contains(&ordinal))
+        self.loss_from(ordinal).filter(|loss| loss.first <= ordinal)
+    }
+
+    /// The first accepted loss that includes a segment, or lies behind it.
+    pub(crate) fn loss_from(&self, ordinal: u64) -> Option<&Loss> {
+        self.losses.get(self.losses.partition_point(|loss| loss.last < ordinal))
+    }
+
+    /// The highest ordinal that the catalogue knows; 0 if it knows none.
+    pub(crate) fn last_known(&self) -> u64 {
+        let head = self.head.as_ref().map_or(0, |head| head.ordinal);
+        head.max(self.losses.last().map_or(0, |loss| loss.last))
     }
 
     /// Adds an accepted loss. Keeps the order.

@@ -1,6 +1,7 @@
 //! The segments of a shard: listing them by name, opening one, and finding out how it ends.
 
 use std::{
+    collections::HashSet,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
 };
@@ -233,7 +234,47 @@ impl SegmentList {
     }
 
     fn list(&self) -> Result<Vec<SegmentRef>> {
-        list_segments(&self.dir, &self.file_names()?, &self.record())
+        Ok(self.list_of(&self.file_names()?))
+    }
+
+    fn list_of(&self, names: &[String]) -> Vec<SegmentRef> {
+        list_segments(&self.dir, names, &self.record(), &|name| self.is_ours(name))
+    }
+
+    /// The files with the name of a segment that are no segment of the shard: an attacker made them,
+    /// or a writer that had lost the store to another one.
+    pub(super) fn strangers(&self) -> Result<Vec<PathBuf>> {
+        let names = self.file_names()?;
+        let listed: HashSet<_> = self.list_of(&names).into_iter().map(|one| one.path).collect();
+        let first = self.record().first_ordinal;
+        let is_strange =
+            |name: &&String| SegmentName::parse(name).is_some_and(|name| name.ordinal >= first);
+        let paths = names.iter().filter(is_strange).map(|name| self.dir.join(name));
+        Ok(paths.filter(|path| !listed.contains(&**path)).collect())
+    }
+
+    /// Whether a file may be the segment of its name, by its header, which is not authenticated. A
+    /// file that cannot be read may be.
+    fn is_ours(&self, name: &SegmentName) -> bool {
+        let path = self.dir.join(name.to_string());
+        match self.disk.open(&path, OpenMode::Read).map_err(Error::io("open", &*path)) {
+            Ok(file) => match read_header(&*file, &path) {
+                Ok(header) => self.has_place(name, &header),
+                Err(error) => error.kind() != ErrorKind::Integrity,
+            },
+            Err(error) => !matches!(error, Error::WrongFileType { .. }),
+        }
+    }
+
+    /// Whether a header names this shard, and the ordinal, first sequence number and epoch of a
+    /// name.
+    fn has_place(&self, name: &SegmentName, header: &SegmentHeader) -> bool {
+        header.store == self.gate.context().store
+            && header.logstore == self.gate.id()
+            && header.shard == self.shard
+            && header.ordinal == name.ordinal
+            && header.first_seq == name.first_seq
+            && header.epoch == name.epoch
     }
 
     /// The names in the directory of the shard. No directory has none: a copy of a store may leave
@@ -258,6 +299,19 @@ impl SegmentList {
         let segments = self.segments(false)?;
         let at = segments.partition_point(|segment| segment.last_ordinal() < ordinal);
         Ok(segments.get(at).filter(|name| name.ordinal <= ordinal).cloned())
+    }
+
+    /// The first segment behind an ordinal, if there is one. With `refresh` a read-only opener lists
+    /// the directory again if it knows of none: reading a shard from end to end does not list it
+    /// once for each segment.
+    pub(super) fn behind(&self, ordinal: u64, refresh: bool) -> Result<Option<SegmentRef>> {
+        let first_behind = |segments: &[SegmentRef]| {
+            segments.get(segments.partition_point(|one| one.ordinal <= ordinal)).cloned()
+        };
+        match first_behind(&self.segments(false)?) {
+            None if refresh => Ok(first_behind(&self.segments(true)?)),
+            behind => Ok(behind),
+        }
     }
 
     /// The ordinal of the next segment of a shard that has no writer. It is taken from the
@@ -387,6 +441,20 @@ impl SegmentList {
 
     /// Opens a segment, checks that its header belongs there, and finds out how it ends.
     pub(super) fn open_segment(&self, name: &SegmentRef) -> Result<Opened> {
+        self.open_with(name, || self.expected_end(name))
+    }
+
+    /// As [`SegmentList::open_segment`], for a sealed segment whose end is known. Does not look at
+    /// the successor.
+    pub(super) fn open_sealed(&self, name: &SegmentRef, end: PredecessorEnd) -> Result<Opened> {
+        self.open_with(name, || Ok(Expected::Sealed(end)))
+    }
+
+    fn open_with(
+        &self,
+        name: &SegmentRef,
+        expected_end: impl FnOnce() -> Result<Expected>,
+    ) -> Result<Opened> {
         let open = |file: &Arc<dyn DiskFile>, header: &Arc<DecodedHeader>, end, vouched| Opened {
             name: name.clone(),
             file: Arc::clone(file),
@@ -401,7 +469,7 @@ impl SegmentList {
         let (file, header) = self.open_file(name)?;
         // Must come before the length: once there is a successor, the segment grows no more under a
         // read-only opener.
-        let expected = self.expected_end(name)?;
+        let expected = expected_end()?;
         let len = file.len().map_err(Error::io("get the length of", path))?;
         if len > SEGMENT_BYTES_MAX {
             let what = format!("the segment has {len} bytes, and may have {SEGMENT_BYTES_MAX}");
@@ -558,6 +626,16 @@ impl SegmentList {
         }
     }
 
+    /// The end that the catalogue, or the successor, names for a segment. A successor's header is
+    /// not authenticated.
+    pub(super) fn named_end(&self, name: &SegmentRef) -> Option<PredecessorEnd> {
+        let last = SegmentRef { ordinal: name.last_ordinal(), ..name.clone() };
+        match self.expected_end(&last) {
+            Ok(Expected::Sealed(end) | Expected::Cut(end)) => Some(end),
+            _ => None,
+        }
+    }
+
     /// Authenticates the parts of a segment that a reader relies on before it reads a block, and a
     /// writer before it begins the next segment: the header, and the statement of where it ends.
     pub(super) fn authenticate(&self, opened: &Opened) -> Result<()> {
@@ -658,13 +736,8 @@ impl SegmentList {
 
     fn check_identity(&self, name: &SegmentRef, header: &SegmentHeader) -> Result<()> {
         let path = &*name.path;
-        let belongs = header.store == self.gate.context().store
-            && header.logstore == self.gate.id()
-            && header.shard == self.shard
-            && header.ordinal == name.ordinal
-            && header.first_seq == name.first_seq
-            && header.epoch == name.epoch;
-        if !belongs {
+        let SegmentRef { ordinal, first_seq, epoch, .. } = *name;
+        if !self.has_place(&SegmentName { ordinal, first_seq, epoch }, header) {
             return Err(Error::Tampered {
                 at: Location::new(path, 0),
                 what: "a segment that belongs elsewhere",

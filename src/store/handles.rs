@@ -457,7 +457,8 @@ impl Admin<'_> {
 
     /// Makes all data durable and marked, records the head of each shard in the catalogue, and
     /// returns the heads, to be kept outside the store. Takes a Logstore whose key cannot be used
-    /// as it is on disk.
+    /// as it is on disk, and one whose files are damaged as the catalogue has it
+    /// ([`Checkpoint::failed`]).
     ///
     /// # Errors
     /// The error of syncing a shard, or of writing the catalogue.

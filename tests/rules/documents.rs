@@ -207,9 +207,17 @@ const BODIES: &[Row] = &[
     row(Which::Catalogue, "next sequence number of a head", "lies below its end", |document| {
         document.edit(|json| entry(json)["shards"][0]["head"]["next_seq"] = 5.into());
     }),
-    row(Which::Catalogue, "first sequence number of a shard", "below 1", |document| {
-        document.edit(|json| entry(json)["shards"][0]["first_seq"] = 1.into());
-    }),
+    code(
+        "truncated",
+        row(
+            Which::Catalogue,
+            "first sequence number of a shard",
+            "segment 1 of the shard is missing",
+            |document| {
+                document.edit(|json| entry(json)["shards"][0]["first_seq"] = 1.into());
+            },
+        ),
+    ),
     code(
         "truncated",
         row(

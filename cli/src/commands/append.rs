@@ -138,19 +138,7 @@ impl Feed<'_> {
                 .waiting_since()
                 .map_or(LINGER, |since| LINGER.saturating_sub(since.elapsed()));
             let taken = match inputs.receiver.recv_timeout(patience) {
-                Ok(Input::Begin(source)) => {
-                    lines.begin(&source);
-                    Ok(())
-                }
-                Ok(Input::Bytes(bytes)) => {
-                    progress.add(bytes.len() as u64);
-                    lines.push(&bytes, &mut full)
-                }
-                Ok(Input::End) => {
-                    lines.end(&mut full);
-                    Ok(())
-                }
-                Ok(Input::Failed(failure)) => Err(failure),
+                Ok(input) => take(input, &mut lines, &mut full, progress),
                 Err(RecvTimeoutError::Timeout) => Ok(()),
                 Err(RecvTimeoutError::Disconnected) => break,
             };
@@ -167,6 +155,16 @@ impl Feed<'_> {
                 self.last_check = Instant::now();
             }
         }
+        // After a signal nothing more is read. The bytes that were read already are stored.
+        while interrupt::asked()
+            && !failed.load(Ordering::Relaxed)
+            && let Ok(input) = inputs.receiver.recv_timeout(LINGER)
+        {
+            let mut full = Vec::new();
+            let taken = take(input, &mut lines, &mut full, progress);
+            full.into_iter().try_for_each(|group| self.submit(group))?;
+            taken?;
+        }
         lines.cut().into_iter().try_for_each(|group| self.submit(group))?;
         Ok(Fed { long_lines: lines.long_lines(), kept_all: !lines.is_within_line() })
     }
@@ -180,6 +178,20 @@ impl Feed<'_> {
         let _ = self.sender.send(pending);
         Ok(())
     }
+}
+
+/// Adds an event of the input to the lines. Full groups are put into `full`.
+fn take(input: Input, lines: &mut Lines, full: &mut Vec<LineGroup>, progress: &Progress) -> Result {
+    match input {
+        Input::Begin(source) => lines.begin(&source),
+        Input::Bytes(bytes) => {
+            progress.add(bytes.len() as u64);
+            return lines.push(&bytes, full);
+        }
+        Input::End => lines.end(full),
+        Input::Failed(failure) => return Err(failure),
+    }
+    Ok(())
 }
 
 /// A submitted group that is not yet acknowledged.

@@ -9,7 +9,7 @@ use envelog::{Logstore, LostRange, Position, ReadOptions, Reader};
 
 use crate::{
     args::{Format, ReadArgs, TailArgs},
-    exit::{Result, both},
+    exit::{Result, Status, both},
     output::{self, Progress},
     record::{self, OneLog, Printer},
     setup::{Setup, check_access, name},
@@ -38,7 +38,7 @@ pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
                 break;
             }
         }
-        warn_of_lost(&reader)
+        warn_of_lost(&reader, 0)
     });
     drop(progress);
     both(outcome, printer.flush())
@@ -50,12 +50,16 @@ fn before_now(since: Duration) -> Position {
     Position::Time(now.saturating_sub(since).as_micros().try_into().unwrap_or(u64::MAX))
 }
 
-/// Names the groups that a reader has passed because they are lost.
-fn warn_of_lost(reader: &Reader) -> Result {
-    for lost in reader.lost() {
-        let LostRange { shard, from_seq, end_seq, accepted, .. } = lost;
+/// Names the groups from a number on that a reader has passed because they are lost.
+fn warn_of_lost(reader: &Reader, from: u64) -> Result {
+    for lost in reader.lost().iter().filter(|lost| lost.end_seq.is_none_or(|end| end > from)) {
+        let LostRange { shard, from_seq, end_seq, .. } = lost;
         let to = end_seq.map_or_else(|| "on".to_owned(), |end| format!("to before {end}"));
-        let how = if *accepted { " (an operator has accepted that)" } else { "" };
+        let how = match lost {
+            LostRange { shredded: true, .. } => " (their data key was destroyed)",
+            LostRange { accepted: true, .. } => " (an operator has accepted that)",
+            _ => "",
+        };
         output::notice(format_args!(
             "shard {shard} has lost groups from number {from_seq} {to}{how}"
         ));
@@ -99,7 +103,7 @@ pub(crate) fn tail(setup: &Setup, args: &TailArgs) -> Result {
     }
 }
 
-/// Returns at least the last `wanted` logs of a shard, and a reader positioned behind them.
+/// Returns the last `wanted` logs of a shard, and a reader positioned behind them.
 fn last_logs(
     logstore: &Logstore,
     shard: u32,
@@ -109,21 +113,42 @@ fn last_logs(
     let end = logstore.end_seq(shard)?;
     // A group has at least one log, but sequence numbers may have gaps.
     let mut distance = wanted as u64;
-    loop {
-        let from = end.saturating_sub(distance);
-        let mut reader = logstore
-            .read(shard, &ReadOptions::default().from(Position::Seq(from)).skip_lost(true))?;
-        let mut kept = VecDeque::new();
-        while let Some(record) = reader.try_next()? {
-            kept.extend(record::logs(shard, &record, format)?);
-            kept.drain(..kept.len().saturating_sub(wanted));
-        }
-        if kept.len() >= wanted || from == 0 {
-            warn_of_lost(&reader)?;
-            return Ok((kept, reader));
-        }
+    let mut found = logs_from(logstore, shard, end.saturating_sub(distance), wanted, format)?;
+    while found.0.len() < wanted && distance < end {
         distance = distance.saturating_mul(16);
+        let from = end.saturating_sub(distance);
+        found = match logs_from(logstore, shard, from, wanted, format) {
+            // Forged logs hide none of those behind them.
+            Err(failure) if failure.status() == Status::Integrity => {
+                output::notice(format_args!("shard {shard} has no older logs: {failure}"));
+                break;
+            }
+            found => found?,
+        };
     }
+    // Losses in front of the wanted logs cost nothing.
+    let oldest = found.0.front().filter(|_| found.0.len() >= wanted).map_or(0, |log| log.seq);
+    warn_of_lost(&found.1, oldest)?;
+    Ok(found)
+}
+
+/// Returns at most the last `wanted` logs of a shard from a number on, and a reader positioned
+/// behind them.
+fn logs_from(
+    logstore: &Logstore,
+    shard: u32,
+    from: u64,
+    wanted: usize,
+    format: Format,
+) -> Result<(VecDeque<OneLog>, Reader)> {
+    let options = ReadOptions::default().from(Position::Seq(from)).skip_lost(true);
+    let mut reader = logstore.read(shard, &options)?;
+    let mut kept = VecDeque::new();
+    while let Some(record) = reader.try_next()? {
+        kept.extend(record::logs(shard, &record, format)?);
+        kept.drain(..kept.len().saturating_sub(wanted));
+    }
+    Ok((kept, reader))
 }
 
 /// The requested shard, or all shards.

@@ -105,10 +105,22 @@ pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
     let checkpoint = store.admin().checkpoint()?;
     setup.close(store)?;
     write_new(&args.out, checkpoint.to_bytes())?;
+    let failed: Vec<_> = checkpoint
+        .failed()
+        .iter()
+        .map(|(name, error)| (name, Failure::from(error.clone()).about(name)))
+        .collect();
     if setup.json {
-        return output::json(&json!({ "checkpoint": output::path(&args.out) }));
+        output::json(&json!({
+            "checkpoint": output::path(&args.out),
+            "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
+        }))?;
+    } else {
+        output::line(format_args!("wrote {}: keep it away from the store", args.out.display()))?;
     }
-    output::line(format_args!("wrote {}: keep it away from the store", args.out.display()))
+    // The checkpoint has the state of these Logstores by the catalogue, and all others.
+    let failures = failed.into_iter().map(|(_, failure)| failure);
+    failures.reduce(Failure::or_worse).map_or(Ok(()), Err)
 }
 
 pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {

@@ -234,9 +234,14 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    pub(crate) fn start(mut command: Command) -> Self {
+    pub(crate) fn start(command: Command) -> Self {
+        Self::start_reading(command, Stdio::piped())
+    }
+
+    /// Starts a process with this standard input.
+    pub(crate) fn start_reading(mut command: Command, stdin: Stdio) -> Self {
         let what = format!("{:?}", command.get_args().collect::<Vec<_>>());
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut stderr = child.stderr.take().unwrap();
         let stderr = thread::spawn(move || {

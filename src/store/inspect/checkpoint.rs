@@ -1,20 +1,22 @@
 //! Checkpoints: the recorded ends of all shards, kept outside the store to detect a rollback.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     config::LogstoreName,
     document::{self, Document, DocumentKind},
     error::Location,
     ids::{LogstoreId, hex_decode, hex_encode},
     keys::audit::AuditHead,
+    logstore::LogstoreShared,
     shard::{Head, ShardRecord},
     store::{
-        catalogue::{Change, check_audit_head, check_entry, unique},
+        catalogue::{Change, Entry, check_audit_head, check_entry, unique},
         core::Core,
+        registry::Registry,
     },
 };
 
@@ -23,9 +25,10 @@ use crate::{
 /// It holds no secret, and the service keyring authenticates it. Kept on another machine, it lets a
 /// later [`Admin::verify`](crate::Admin::verify) detect that data was removed or rolled back. As
 /// JSON it is its bytes in hexadecimal.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Checkpoint {
     bytes: Vec<u8>,
+    failed: Vec<(LogstoreName, Error)>,
 }
 
 impl Checkpoint {
@@ -36,9 +39,24 @@ impl Checkpoint {
 
     /// A checkpoint from its bytes. They are checked when it is used.
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Self {
-        Self { bytes: bytes.into() }
+        Self { bytes: bytes.into(), failed: Vec::new() }
+    }
+
+    /// The Logstores with damaged files, each with the first error: the checkpoint has their state
+    /// by the catalogue alone. Known to the caller that made the checkpoint; its bytes do not have
+    /// them.
+    pub fn failed(&self) -> &[(LogstoreName, Error)] {
+        &self.failed
     }
 }
+
+impl PartialEq for Checkpoint {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
+}
+
+impl Eq for Checkpoint {}
 
 impl Serialize for Checkpoint {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
@@ -50,7 +68,7 @@ impl<'de> Deserialize<'de> for Checkpoint {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         let bytes = hex_decode(&text).ok_or_else(|| D::Error::custom("it is no hexadecimal"))?;
-        Ok(Self { bytes })
+        Ok(Self::from_bytes(bytes))
     }
 }
 
@@ -72,30 +90,71 @@ pub(super) struct CheckpointEntry {
     pub(super) shards: Vec<ShardRecord>,
 }
 
+/// The heads of the shards of a Logstore.
+type Heads = Vec<Option<Head>>;
+
+/// The Logstores that a checkpoint gets. One that cannot be opened has no heads.
+#[derive(Default)]
+struct Reached {
+    heads: Vec<(Arc<LogstoreShared>, Heads)>,
+    unopened: Vec<(LogstoreName, Entry)>,
+    failed: Vec<(LogstoreName, Error)>,
+}
+
+impl Reached {
+    /// Makes a Logstore durable and marked. Damage is noted, and hides no other Logstore.
+    fn add(&mut self, registry: &Registry, name: LogstoreName) -> Result<()> {
+        let logstore = match registry.logstore(&name) {
+            // It was deleted meanwhile.
+            Err(Error::LogstoreMissing(_)) => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::Integrity => {
+                let Ok(entry) = registry.entry(&name) else { return Ok(()) };
+                self.unopened.push((name.clone(), entry));
+                self.failed.push((name, error));
+                return Ok(());
+            }
+            logstore => logstore?,
+        };
+        match self.heads_of(&logstore) {
+            Ok(heads) => self.heads.push((logstore, heads)),
+            Err(error) if registry.entry(&name).is_ok_and(|entry| entry.id == logstore.id) => {
+                return Err(error);
+            }
+            Err(_) => {}
+        }
+        Ok(())
+    }
+
+    /// The heads of the shards. That of a damaged shard is the one that the catalogue has.
+    fn heads_of(&mut self, logstore: &LogstoreShared) -> Result<Heads> {
+        let (mut heads, mut damaged) = (Heads::new(), None);
+        for shard in &logstore.shards {
+            heads.push(match shard.checkpoint() {
+                Err(error) if error.kind() == ErrorKind::Integrity => {
+                    damaged.get_or_insert(error);
+                    shard.record().head
+                }
+                head => head?,
+            });
+        }
+        self.failed.extend(damaged.map(|error| (logstore.name.clone(), error)));
+        Ok(heads)
+    }
+}
+
 /// Makes all data durable and marked, records the heads in the catalogue, and returns them. May
 /// call KMSs before it takes the administration.
 pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
     let Core { env, keys, registry } = core;
     keys.check_process()?;
     keys.admit_service_key()?;
-    let mut all = Vec::new();
+    let mut all = Reached::default();
     for name in registry.list()? {
-        let logstore = match registry.logstore(&name) {
-            // It was deleted meanwhile.
-            Err(Error::LogstoreMissing(_)) => continue,
-            logstore => logstore?,
-        };
-        match logstore.shards.iter().map(|shard| shard.checkpoint()).collect::<Result<Vec<_>>>() {
-            Ok(heads) => all.push((logstore, heads)),
-            Err(error) if registry.entry(&name).is_ok_and(|entry| entry.id == logstore.id) => {
-                return Err(error);
-            }
-            Err(_) => {}
-        }
+        all.add(registry, name)?;
     }
     let mut admin = if env.read_only { registry.exclusive() } else { registry.administer()? };
     let (mut logstores, mut reached) = (BTreeMap::new(), Vec::new());
-    for (logstore, heads) in all {
+    for (logstore, heads) in all.heads {
         let (name, id) = (&logstore.name, logstore.id);
         if registry.entry(name).is_ok_and(|entry| entry.id == id) {
             let mut shards = Vec::new();
@@ -114,6 +173,11 @@ pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
             logstores.insert(name.clone(), CheckpointEntry { id, generation, shards });
         }
     }
+    for (name, Entry { id, generation, shards, .. }) in all.unopened {
+        if registry.entry(&name).is_ok_and(|entry| entry.id == id) {
+            logstores.insert(name, CheckpointEntry { id, generation, shards });
+        }
+    }
     if !env.read_only {
         admin.commit(reached)?;
         admin.sync_tip()?;
@@ -129,7 +193,8 @@ pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
     let version = keyring.newest();
     let document =
         Document::new(DocumentKind::Checkpoint, env.id, catalogue_generation, version, &body);
-    Ok(Checkpoint { bytes: document.seal(&keyring.document_key(version)?) })
+    let bytes = document.seal(&keyring.document_key(version)?);
+    Ok(Checkpoint { bytes, failed: all.failed })
 }
 
 /// Authenticates a checkpoint of this store.

@@ -29,6 +29,8 @@ use crate::{
 /// A verification under way.
 struct Verification<'a> {
     core: &'a Core,
+    /// Whether all Logstores are verified, and the documents of the store too.
+    is_whole: bool,
     keyless: bool,
     report: VerifyReport,
     state: VerifyProgress,
@@ -98,6 +100,12 @@ impl Verification<'_> {
         }
         if let Err(error) = keyring.verify_file() {
             self.report.note(None, error)?;
+        }
+        for path in keys.probe_paths()? {
+            match keys.read_probe(&path) {
+                Err(error) if !error.is_not_found() => self.report.note(None, error)?,
+                _ => {}
+            }
         }
         Ok(())
     }
@@ -195,8 +203,17 @@ impl Verification<'_> {
             );
             self.report.note(Some(name), Error::RolledBack { what })?;
         }
-        if let Some(section) = logstore.keys_section().filter(|_| !self.keyless) {
-            self.keys(logstore, &section, on_disk.as_deref())?;
+        if let Some(section) = logstore.keys_section() {
+            // The verification of the whole store reads all probes.
+            if !self.is_whole
+                && let Some(cmk) = &section.cmk
+                && let Err(error) = self.core.keys.load_probe(cmk)
+            {
+                self.report.note(Some(name), error)?;
+            }
+            if !self.keyless {
+                self.keys(logstore, &section, on_disk.as_deref())?;
+            }
         }
         for (index, shard) in logstore.shards.iter().enumerate() {
             let record = expected.and_then(|expected| expected.shards.get(index));
@@ -242,7 +259,7 @@ impl Verification<'_> {
         }
     }
 
-    /// Verifies the keys section, the envelopes and the probe of a Logstore. The commitments of the
+    /// Verifies the keys section and the envelopes of a Logstore. The commitments of the
     /// segments prove the keys with segments; this proves the keys without one too.
     fn keys(
         &mut self,
@@ -268,11 +285,6 @@ impl Verification<'_> {
             if let Err(error) = checked {
                 self.report.note(Some(name), error)?;
             }
-        }
-        if let Some(cmk) = &section.cmk
-            && let Err(error) = self.core.keys.load_probe(cmk)
-        {
-            self.report.note(Some(name), error)?;
         }
         Ok(())
     }
@@ -317,6 +329,13 @@ impl Verification<'_> {
             Ok(segments) => segments,
             Err(error) => return self.report.note(Some(name), error),
         };
+        match shard.strangers() {
+            Ok(strangers) => self.report.notes.extend(strangers.iter().map(|path| {
+                let (path, shard) = (path.display(), shard.id());
+                format!("{path} has the name of a segment, and is none of shard {shard} of {name}")
+            })),
+            Err(error) => self.report.note(Some(name), error)?,
+        }
         let record = shard.record();
         self.losses(name, shard, &record, expected)?;
         let checkpoint = expected.and_then(|expected| expected.head.as_ref());
@@ -422,6 +441,7 @@ pub(in crate::store) fn verify(
     let report = VerifyReport { keyless: options.keyless, ..VerifyReport::default() };
     let mut verification = Verification {
         core,
+        is_whole: options.logstore.is_none(),
         keyless: options.keyless,
         report,
         state: Default::default(),
