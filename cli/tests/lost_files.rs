@@ -106,20 +106,18 @@ fn history_that_cannot_be_read_fails_no_tail() {
 fn a_damaged_logstore_hides_no_other() {
     for damage in ["metadata", "segment"] {
         let world = filled();
-        let damaged = match damage {
-            "segment" => segment(&world, 4),
+        let logstore = segment(&world, 1).ancestors().nth(2).unwrap().to_owned();
+        let damaged: Vec<_> = match damage {
+            "segment" => vec![segment(&world, 4)],
+            // The metadata, and a copy of it if there is one.
             _ => {
-                let logstore = segment(&world, 1).ancestors().nth(2).unwrap().to_owned();
-                let names = fs::read_dir(logstore).unwrap().map(|entry| entry.unwrap().path());
-                let is_meta = |path: &std::path::PathBuf| {
-                    path.file_name().unwrap().to_string_lossy().starts_with("meta-")
-                };
-                names.into_iter().find(is_meta).unwrap()
+                let all = fs::read_dir(logstore).unwrap().map(|entry| entry.unwrap().path());
+                all.filter(|path| path.to_str().unwrap().contains("/meta-")).collect()
             }
         };
         world.create("p/other", &service("sm4"));
         world.ok(&["append", "p/other", &world.file("lines", "other\n")]);
-        fs::write(damaged, "junk").unwrap();
+        damaged.iter().for_each(|path| fs::write(path, "junk").unwrap());
 
         assert_eq!(world.ok(&["list"]), b"p/l\np/other\n");
         assert_eq!(world.read("p/other"), b"other\n");
