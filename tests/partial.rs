@@ -405,7 +405,10 @@ fn a_bad_logstore_hides_no_other() {
             victim.roll().unwrap();
         }
         let dir = world.logstore_dir(&victim);
-        let meta = meta_path(&dir);
+        // The metadata, and a copy of it if there is one.
+        let is_meta =
+            |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with("meta-");
+        let meta: Vec<_> = common::files(&dir).into_keys().filter(is_meta).collect();
         let files = segments(&dir, 0);
         drop(victim);
         match bad {
@@ -418,8 +421,8 @@ fn a_bad_logstore_hides_no_other() {
         }
         store.close().unwrap();
         match bad {
-            Metadata => write_private(&meta, vec![0; fs::metadata(&meta).unwrap().len() as usize]),
-            NoMetadata => fs::remove_file(&meta).unwrap(),
+            Metadata => meta.iter().for_each(|path| write_private(path, vec![0; 1000])),
+            NoMetadata => meta.iter().for_each(|path| fs::remove_file(path).unwrap()),
             Segment => write_private(&files[1], b"junk"),
             LastSegment => write_private(&files[2], b"junk"),
             Shredded | Revoked => {}
