@@ -238,6 +238,14 @@ impl Disk for FencedDisk {
         self.disk.network_file_system(dir)
     }
 
+    fn available(&self, dir: &Path) -> io::Result<Option<u64>> {
+        self.disk.available(dir)
+    }
+
+    fn allocate(&self, path: &Path, len: u64) -> io::Result<()> {
+        self.disk.allocate(path, len)
+    }
+
     fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
         self.disk.resolve(path)
     }

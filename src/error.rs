@@ -17,7 +17,7 @@ pub use crate::config::ConfigError;
 use crate::{
     config::LogstoreName,
     ids::ParseIdError,
-    io::{FileKind, WrongFileType},
+    io::{FileKind, WrongFileType, is_full},
     kms::{Cmk, KmsError, KmsUrlError, NoKms, RevokedReason},
     wire::{DecodeError, FORMAT_VERSION},
 };
@@ -88,7 +88,7 @@ impl fmt::Display for Location {
 /// | [`NotFound`](Self::NotFound) | use another name, or create it | the developer | [`StoreMissing`](Error::StoreMissing), [`NotAStore`](Error::NotAStore), [`LogstoreMissing`](Error::LogstoreMissing), [`ShardMissing`](Error::ShardMissing), [`Shredded`](Error::Shredded) |
 /// | [`Exists`](Self::Exists) | use the existing one, or another name | the developer | [`StoreExists`](Error::StoreExists), [`LogstoreExists`](Error::LogstoreExists), [`KeyringExists`](Error::KeyringExists) |
 /// | [`Busy`](Self::Busy) | repeat the call soon, with a growing delay | - | [`Full`](Error::Full), [`TooManyReaders`](Error::TooManyReaders) |
-/// | [`NoRoom`](Self::NoRoom) | repeat the call after an operator has made room | the operator | [`TooMany`](Error::TooMany), [`Io`](Error::Io) of a full disk or an exhausted quota |
+/// | [`NoRoom`](Self::NoRoom) | repeat the call after an operator has made room | the operator | [`TooMany`](Error::TooMany), [`Io`](Error::Io) of a full disk, an exhausted quota, or a file at its largest size (ENOSPC, EDQUOT, EFBIG) |
 /// | [`Revoked`](Self::Revoked) | stop until the customer allows the key again | the owner of the key | [`Revoked`](Error::Revoked), [`ServiceKey`](Error::ServiceKey) with a refusal |
 /// | [`KmsUnreachable`](Self::KmsUnreachable) | repeat the call later | the operator of the KMS | [`KmsUnreachable`](Error::KmsUnreachable), [`KmsInvalid`](Error::KmsInvalid), [`ServiceKey`](Error::ServiceKey) otherwise |
 /// | [`Integrity`](Self::Integrity) | stop; find the cause; restore a backup | the operator | [`WrongKey`](Error::WrongKey), [`Tampered`](Error::Tampered), [`Corrupt`](Error::Corrupt), [`Truncated`](Error::Truncated), [`RolledBack`](Error::RolledBack), [`RetiredKeyVersion`](Error::RetiredKeyVersion), [`WrongFileType`](Error::WrongFileType) |
@@ -534,7 +534,8 @@ pub enum Error {
     /// The shard's writer stopped after a failed write. Reading still works. Reopening the shard
     /// clears the latch.
     #[error(
-        "shard {shard} of Logstore {logstore} stopped writing after a failure; reopen it to continue: {cause}"
+        "shard {shard} of Logstore {logstore} stopped writing after a failure; {}: {cause}",
+        after_latch(cause)
     )]
     Latched {
         /// The Logstore.
@@ -661,8 +662,28 @@ fn kind_of_local_kms(error: &LocalKmsError) -> ErrorKind {
 
 fn kind_of_io(error: &io::Error) -> ErrorKind {
     match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoRoom,
+        // A file has reached the limit of the process or of the file system (EFBIG). The disk is in
+        // order, and an operator can raise the limit.
+        io::ErrorKind::FileTooLarge => ErrorKind::NoRoom,
+        _ if is_full(error) => ErrorKind::NoRoom,
         _ => ErrorKind::Io,
+    }
+}
+
+fn code_of_io(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::FileTooLarge => "file_too_large",
+        io::ErrorKind::PermissionDenied => "permission_denied",
+        _ if is_full(error) => "disk_full",
+        _ => "io",
+    }
+}
+
+/// What lets a shard write again that has stopped after this failure.
+fn after_latch(cause: &Error) -> &'static str {
+    match cause.kind() {
+        ErrorKind::NoRoom => "it can continue once there is room",
+        _ => "reopen it to continue",
     }
 }
 
@@ -733,7 +754,8 @@ impl Error {
     }
 
     /// A short stable word for the variant, for programs: `revoked`, `kms_unreachable`, `tampered`,
-    /// … [`Error::Lost`] has the word of its cause.
+    /// … [`Error::Lost`] has the word of its cause, and so has [`Error::Latched`] of the kind
+    /// [`ErrorKind::NoRoom`].
     pub fn code(&self) -> &'static str {
         match self {
             Error::Revoked { .. } => "revoked",
@@ -780,6 +802,8 @@ impl Error {
             Error::TooManyReaders { .. } => "too_many_readers",
             Error::Full { .. } => "full",
             Error::InvalidArgument(_) => "invalid_argument",
+            // The state of the disk says more than the state of the shard.
+            Error::Latched { cause, .. } if cause.kind() == ErrorKind::NoRoom => cause.code(),
             Error::Latched { .. } => "latched",
             Error::GroupsLost { .. } => "groups_lost",
             Error::Lost { cause, .. } => cause.code(),
@@ -791,11 +815,16 @@ impl Error {
             #[cfg(feature = "kms-local")]
             Error::LocalKms(error) => error.code(),
             Error::Crypto(_) => "crypto",
-            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => "disk_full",
-            Error::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
-                "permission_denied"
-            }
-            Error::Io { .. } => "io",
+            Error::Io { source, .. } => code_of_io(source),
+        }
+    }
+
+    /// Whether the disk is full, or a quota is used up.
+    pub(crate) fn is_disk_full(&self) -> bool {
+        match self {
+            Error::Io { source, .. } => is_full(source),
+            Error::Latched { cause, .. } => cause.is_disk_full(),
+            _ => false,
         }
     }
 
@@ -913,6 +942,32 @@ mod tests {
     use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
 
     use super::*;
+
+    #[test]
+    fn a_full_disk_is_known_as_such_however_it_is_wrapped() {
+        let of = |raw: rustix::io::Errno| Error::io("write", "f")(raw.into());
+        let latched = |cause: Error| Error::Latched {
+            logstore: "p/l".parse().unwrap(),
+            shard: 0,
+            cause: Arc::new(cause),
+        };
+        for (raw, code, is_full) in [
+            (rustix::io::Errno::NOSPC, "disk_full", true),
+            (rustix::io::Errno::DQUOT, "disk_full", true),
+            (rustix::io::Errno::FBIG, "file_too_large", false),
+        ] {
+            for error in [of(raw), latched(of(raw))] {
+                assert_eq!((error.kind(), error.code()), (ErrorKind::NoRoom, code), "{error}");
+                assert_eq!(error.is_disk_full(), is_full, "{error}");
+            }
+        }
+        let broken = latched(of(rustix::io::Errno::IO));
+        assert_eq!((broken.kind(), broken.code()), (ErrorKind::Io, "latched"));
+        assert!(!broken.is_disk_full());
+        // The limit of the engine is no limit of the system.
+        let damaged = Error::io("read", "f")(io::ErrorKind::FileTooLarge.into());
+        assert_eq!(damaged.kind(), ErrorKind::Integrity);
+    }
 
     #[test]
     fn a_report_takes_any_path() {

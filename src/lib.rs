@@ -104,7 +104,7 @@ pub mod admin {
         store::{
             Anchor, AnchorPlace, AnchorStatus, Checkpoint, CmkVersionUsage, DataKeyUsage,
             DeleteReport, DirAnchor, FailedRepair, KeyNeed, KeyUsage, MasterKeyUsage,
-            RecoverReport, Recoverable, ReplaceCmk, RetainOptions, RetentionReport,
+            RecoverReport, Recoverable, ReplaceCmk, ReserveStatus, RetainOptions, RetentionReport,
             RetentionStatus, RewrapOptions, RewrapProgress, RewrapReport, ServiceKeyUsage,
             ServiceRotation, ShardRepair, StoreRepairReport, VerifyFault, VerifyOptions,
             VerifyProgress, VerifyReport,

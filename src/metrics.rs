@@ -137,6 +137,7 @@ impl Counters {
             audit_failures: at(&self.audit_failures),
             audit_left_out: at(&self.audit_left_out),
             retention_suspended: false,
+            reserve_short: false,
         }
     }
 }
@@ -313,4 +314,8 @@ pub struct StoreMetrics {
     /// Whether retention by age is suspended, because the wall clock has jumped ahead:
     /// [`Admin::retention_status`](crate::Admin::retention_status).
     pub retention_suspended: bool,
+    /// Whether a part of the room is missing that the store keeps for a full disk:
+    /// [`Admin::reserve_status`](crate::Admin::reserve_status). Always `false` in a store that is
+    /// open for reading.
+    pub reserve_short: bool,
 }

@@ -24,12 +24,14 @@ pub(crate) enum ShardJob {
     RollByAge,
     /// Forget the queue of a Logstore that was deleted.
     Abandon,
+    /// Let the shard write again that a full disk has stopped, if there is room.
+    Reopen,
 }
 
 /// A job of the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StoreJob {
-    /// Record the heads of the shards.
+    /// Record the heads of the shards, and make the reserve again.
     Heads,
     /// Drop the segments that retention allows to drop, as far as that needs no data key.
     Retention,

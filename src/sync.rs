@@ -164,6 +164,10 @@ pub(crate) enum LockRank {
     WokenThread,
     /// The calls to one KMS that have not returned.
     KmsCalls,
+    // Held across file I/O. A file operation that meets a full disk takes it, and may hold most of
+    // the locks above.
+    /// The room that a store keeps free.
+    Reserve,
     // Inside a KMS backend.
     /// Credentials that a backend has fetched.
     #[cfg(any(feature = "kms-aliyun", feature = "kms-aws", feature = "kms-vault"))]

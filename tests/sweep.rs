@@ -411,7 +411,63 @@ fn fails(
     life.run(&Step::CutPower(Survives::Synced)).map_err(|what| format!("after a cut: {what}"))
 }
 
-// ---- (c) random lives ----
+// ---- (c) the disk is full ----
+
+/// The most pages that are left free.
+const FREE_PAGES: u64 = 20;
+/// No limit of pages or inodes.
+const MANY: u64 = u64::MAX;
+
+/// Every operation of the workload meets a disk with 0 to 20 free pages, and one without a free
+/// inode. The rest of the workload follows on the full disk. Then the store frees space itself, and
+/// continues once the disk has room.
+#[test]
+fn the_disk_is_full_before_every_operation() {
+    let report = Report::default();
+    let parts = parts();
+    let limits: Vec<_> = (0..=FREE_PAGES).map(|pages| (pages, MANY)).chain([(MANY, 0)]).collect();
+    let mut cases = Vec::new();
+    for part in &parts {
+        for at in 0..part.steps.len() {
+            cases.extend(limits.iter().map(|limits| (part, at, *limits)));
+        }
+    }
+    let next = AtomicU64::new(0);
+    share(|_| {
+        loop {
+            let n = next.fetch_add(1, Ordering::Relaxed);
+            let Some((part, at, limits)) = cases.get(n as usize) else { break };
+            Report::count(&report.tried);
+            let mut life = part.begin.branch(part.disk.fork(), seed_of(&[n, 6]));
+            let what = || format!("case {n}: {limits:?} free before {:?} ({at})", part.steps[*at]);
+            report.case(what, || fills(&mut life, &part.steps, n, *at, *limits));
+            report.seals.fetch_add(life.ledger.seals(), Ordering::Relaxed);
+        }
+    });
+    report.finish("full disks");
+    assert!(report.tried.load(Ordering::Relaxed) > 1000);
+}
+
+fn fills(
+    life: &mut Life,
+    steps: &[Step],
+    n: u64,
+    at: usize,
+    (pages, inodes): (u64, u64),
+) -> Outcome {
+    steps[..at].iter().try_for_each(|step| life.run(step))?;
+    life.run(&Step::Fill(pages, inodes))?;
+    steps[at..].iter().try_for_each(|step| life.run(step))?;
+    life.run(&Step::Free(n / 22 + n))?;
+    life.run(&Step::Grow)?;
+    match n % 3 {
+        0 => life.run(&Step::Close),
+        1 => life.run(&Step::CutPower(Survives::Synced)),
+        _ => life.run(&Step::CutPower(Survives::Some { seed: n })),
+    }
+}
+
+// ---- (d) random lives ----
 
 /// A random step of a life.
 fn any_step(dice: &mut Dice) -> Step {

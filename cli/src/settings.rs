@@ -108,6 +108,12 @@ const STORE: &[StoreSetting] = &[
         help: "Refuse appends while the anchor has been behind for longer than this. By default a failing anchor stops nothing",
     },
     StoreSetting {
+        name: "reopen-full-shards",
+        kind: Kind::Switch(|options| &mut options.reopen_full_shards),
+        limits: "",
+        help: "Let a shard that a full disk has stopped write again by itself once there is room",
+    },
+    StoreSetting {
         name: "head-every",
         kind: Kind::Duration(|options| &mut options.head_every),
         limits: "100ms to 1h",
@@ -519,6 +525,7 @@ mod tests {
             let text = match setting.kind {
                 Kind::Duration(_) | Kind::Delay(_) | Kind::OptionalDuration(_) => "77s",
                 Kind::Bytes(_) | Kind::Memory(_) | Kind::Count(_) => "77",
+                Kind::Switch(_) if setting.default() == "true" => "false",
                 Kind::Switch(_) => "true",
             };
             setting.kind.set(&mut options, text).unwrap();

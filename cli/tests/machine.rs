@@ -15,6 +15,7 @@ use std::{
 };
 
 use common::{Running, World, byok, made_lines, service};
+use serde_json::{Value, json};
 
 /// Appends the command to the arguments of a wrapper command.
 fn through(wrapper: &[&str], command: &Command) -> Command {
@@ -167,6 +168,55 @@ fn on_a_disk_that_is_really_full_nothing_acknowledged_is_lost() {
         "{} bytes",
         rest.len()
     );
+}
+
+/// A file system without a free page and without a free inode: the commands that free space work.
+#[test]
+fn a_full_disk_is_freed_by_the_program_itself() {
+    let world = World::new();
+    let lines = made_lines(1000);
+    world.file("lines", &lines);
+    let script = r#"
+        mount -t tmpfs -o size=5m,nr_inodes=100 none mnt
+        cd mnt
+        encrypted='{"enable":true,"encrypt_type":"default"}'
+        "$0" create p/kept
+        "$0" create p/limited --retention-bytes 64KiB --compression none
+        "$0" create p/shredded --encrypt-conf "$encrypted"
+        "$0" create p/deleted --encrypt-conf "$encrypted"
+        for name in kept limited shredded deleted; do "$0" append p/$name ../lines > /dev/null; done
+        "$0" keys rotate-data p/shredded
+        "$0" append p/shredded ../lines > /dev/null
+        # The largest part of the pages, then the last ones, and all inodes.
+        head -c 8000000 /dev/zero > ballast 2> /dev/null || true
+        n=0
+        while touch inode-$n 2> /dev/null; do n=$((n + 1)); done
+        while echo x >> ballast; do :; done 2> /dev/null
+        df -k --output=avail . | tail -1 | sed 's/^ */free pages: /'
+        df --output=iavail . | tail -1 | sed 's/^ */free inodes: /'
+        "$0" append p/kept ../lines --json 2> ../said && echo "appended" || echo "append: $?"
+        cat ../said
+        "$0" keys shred p/shredded --version 1 --yes
+        "$0" retain
+        "$0" repair p/kept --shard 0 --yes
+        "$0" delete p/deleted --yes
+        "$0" read p/kept --format raw > ../read-on-the-full-disk
+        "$0" verify > /dev/null
+        rm ballast inode-*
+        "$0" append p/kept ../lines > /dev/null
+        "$0" read p/kept --format raw > ../read
+        "$0" status --json
+    "#;
+    let Some(said) = with_own_mounts(&world, script) else { return };
+    assert!(said.contains("free pages: 0\n") && said.contains("free inodes: 0\n"), "{said}");
+    assert!(said.contains("append: 1\n") && said.contains("\"kind\":\"disk_full\""), "{said}");
+    let status: Value = serde_json::from_str(&said[said.find("\n{\n").unwrap()..]).unwrap();
+    let whole = json!({"bytes": 1 << 20, "wanted_bytes": 1 << 20, "inodes": 4, "wanted_inodes": 4});
+    assert_eq!(status["reserve"], whole);
+    let [read, later] =
+        ["read-on-the-full-disk", "read"].map(|name| fs::read(world.path(name)).unwrap());
+    assert!(read.starts_with(&lines), "{} bytes", read.len());
+    assert_eq!(later, [read, lines].concat());
 }
 
 #[test]

@@ -43,7 +43,9 @@ fn values(name: &str) -> [(String, Value); 3] {
             [3, 4, 5].map(|count| (count.to_string(), json!(count)))
         }
         "without-anchor" | "accept-retired" | "keyring-group" | "group-read"
-        | "allow-network-fs" => [true, false, true].map(|on| (on.to_string(), json!(on))),
+        | "allow-network-fs" | "reopen-full-shards" => {
+            [true, false, true].map(|on| (on.to_string(), json!(on)))
+        }
         "block-bytes" | "pending-bytes-max" | "segment-bytes" | "audit-file-bytes" => {
             [("2097152", "2MiB"), ("3 MiB", "3MiB"), ("4mib", "4MiB")]
                 .map(|(text, value)| (text.to_owned(), json!(value)))

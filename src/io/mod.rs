@@ -192,6 +192,24 @@ pub trait Disk: Send + Sync + fmt::Debug {
         Ok(None)
     }
 
+    /// How many bytes this process can still write on the file system that holds `dir`. By default
+    /// `None`, as on a disk that cannot be full.
+    fn available(&self, dir: &Path) -> io::Result<Option<u64>> {
+        let _ = dir;
+        Ok(None)
+    }
+
+    /// Makes a file of at least `len` bytes whose first `len` bytes have blocks of their own on the
+    /// disk, and creates it if it does not exist. The contents of new blocks are zeros. Later writes
+    /// of other files cannot take these blocks. A disk that cannot be full need not implement this.
+    ///
+    /// # Errors
+    /// `Unsupported` by default. `InvalidInput` for a file with a second name. After another error the file may have any length.
+    fn allocate(&self, path: &Path, len: u64) -> io::Result<()> {
+        let _ = (path, len);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Resolves a path: its directory without symlinks, and the name at the end of the symlinks
     /// that its last name leads through. That name need not exist. By default the path itself, as
     /// on a disk without symlinks.
@@ -288,6 +306,11 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     /// # Errors
     /// `Unsupported` where files cannot be mapped.
     fn map(&self) -> io::Result<Map>;
+}
+
+/// Whether the operation failed because the disk is full, or the quota of the user is used up.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Reads exactly `buf.len()` bytes at `offset`, or fails with `UnexpectedEof`.

@@ -25,6 +25,9 @@ use rustix::{
 use super::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode, Owner};
 use root::{Resolver, Root};
 
+/// How many zeros one write writes where the file system cannot allocate, in bytes.
+const ZEROS_AT_ONCE: u64 = 64 << 10;
+
 /// The file system of the operating system.
 ///
 /// Used directly, it reaches the directory of a path as the system does, and follows symlinks on
@@ -84,6 +87,16 @@ impl Disk for RealDisk {
         Self::directory(dir)?.network_file_system(dir)
     }
 
+    fn available(&self, dir: &Path) -> io::Result<Option<u64>> {
+        let disk = Self::directory(dir)?;
+        disk.available(disk.root.path())
+    }
+
+    fn allocate(&self, path: &Path, len: u64) -> io::Result<()> {
+        let (disk, path) = Self::at(path)?;
+        disk.allocate(&path, len)
+    }
+
     fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
         root::resolve(path)
     }
@@ -137,21 +150,9 @@ impl Disk for RealDisk {
     }
 }
 
-impl Disk for RootedDisk {
-    fn beneath(&self, dir: &Path, access: Access) -> io::Result<Arc<dyn Disk>> {
-        Ok(Arc::new(RootedDisk { root: self.root.below(dir)?, access }))
-    }
-
-    fn network_file_system(&self, dir: &Path) -> io::Result<Option<&'static str>> {
-        #[cfg(target_os = "linux")]
-        return Ok(network_file_system(
-            rustix::fs::fstatfs(&self.root.open_dir(dir, OFlags::RDONLY)?)?.f_type as u32,
-        ));
-        #[cfg(not(target_os = "linux"))]
-        return self.root.open_dir(dir, OFlags::RDONLY).map(|_| None);
-    }
-
-    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+impl RootedDisk {
+    /// As [`Disk::open`].
+    fn open_file(&self, path: &Path, mode: OpenMode) -> io::Result<RealFile> {
         let place = self.root.parent(path)?;
         let (dir, name) = (place.dir(), place.name());
         let common = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
@@ -166,7 +167,7 @@ impl Disk for RootedDisk {
                     let _ = rustix::fs::unlinkat(dir, name, AtFlags::empty());
                     return Err(error);
                 }
-                return Ok(Arc::new(RealFile(file.into())));
+                return Ok(RealFile(file.into()));
             }
         };
         // Checks the type before opening, because opening a device or the end of a FIFO can have
@@ -181,9 +182,48 @@ impl Disk for RootedDisk {
             opened => opened?,
         };
         match kind_of(&rustix::fs::fstat(&file)?) {
-            FileKind::File => Ok(Arc::new(RealFile(file.into()))),
+            FileKind::File => Ok(RealFile(file.into())),
             found => Err(place.wrong_type(FileKind::File, found)),
         }
+    }
+}
+
+impl Disk for RootedDisk {
+    fn beneath(&self, dir: &Path, access: Access) -> io::Result<Arc<dyn Disk>> {
+        Ok(Arc::new(RootedDisk { root: self.root.below(dir)?, access }))
+    }
+
+    fn network_file_system(&self, dir: &Path) -> io::Result<Option<&'static str>> {
+        #[cfg(target_os = "linux")]
+        return Ok(network_file_system(
+            rustix::fs::fstatfs(&self.root.open_dir(dir, OFlags::RDONLY)?)?.f_type as u32,
+        ));
+        #[cfg(not(target_os = "linux"))]
+        return self.root.open_dir(dir, OFlags::RDONLY).map(|_| None);
+    }
+
+    fn available(&self, dir: &Path) -> io::Result<Option<u64>> {
+        let stat = rustix::fs::fstatvfs(self.root.open_dir(dir, OFlags::RDONLY)?)?;
+        Ok(Some(stat.f_bavail.saturating_mul(stat.f_frsize)))
+    }
+
+    fn allocate(&self, path: &Path, len: u64) -> io::Result<()> {
+        let file = match self.open_file(path, OpenMode::ReadWrite) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.open_file(path, OpenMode::CreateNew)?
+            }
+            opened => opened?,
+        };
+        if file.stat()?.links > 1 {
+            // The zeros would overwrite the file under its other name too.
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the file has another name"));
+        }
+        file.allocate(len)?;
+        file.sync_data()
+    }
+
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        Ok(Arc::new(self.open_file(path, mode)?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -363,6 +403,13 @@ pub(super) fn rename_by_link(from: &Path, to: &Path) -> io::Result<()> {
     link_and_unlink(&source.root.parent(&from)?, &target.root.parent(&to)?)
 }
 
+/// As [`Disk::allocate`] on a file system that cannot allocate.
+#[cfg(test)]
+pub(super) fn allocate_by_writing(path: &Path, len: u64) -> io::Result<()> {
+    let (disk, path) = RealDisk::at(path)?;
+    disk.open_file(&path, OpenMode::CreateNew)?.write_zeros(len)
+}
+
 fn kind_of(stat: &Stat) -> FileKind {
     FileType::from_raw_mode(stat.st_mode).into()
 }
@@ -418,6 +465,31 @@ impl Access {
 
 #[derive(Debug)]
 struct RealFile(File);
+
+impl RealFile {
+    /// Gives blocks to the first `len` bytes of the file, and extends it.
+    fn allocate(&self, len: u64) -> io::Result<()> {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        match rustix::fs::fallocate(&self.0, rustix::fs::FallocateFlags::empty(), 0, len) {
+            // The file system lacks it.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            allocated => return Ok(allocated?),
+        }
+        self.write_zeros(len)
+    }
+
+    /// Overwrites the first `len` bytes with zeros.
+    fn write_zeros(&self, len: u64) -> io::Result<()> {
+        let zeros = vec![0; ZEROS_AT_ONCE as usize];
+        let mut at = 0;
+        while at < len {
+            let part = (len - at).min(ZEROS_AT_ONCE);
+            self.0.write_all_at(zeros.get(..part as usize).unwrap_or_default(), at)?;
+            at += part;
+        }
+        Ok(())
+    }
+}
 
 impl DiskFile for RealFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {

@@ -275,3 +275,29 @@ fn without_a_temporary_name_the_file_is_not_reported_existing() {
         assert_eq!(error.kind(), io::ErrorKind::ResourceBusy, "{error}");
     }
 }
+
+#[test]
+fn an_allocated_file_has_blocks_and_zeros() {
+    for (dir, disk) in disks() {
+        let (new, longer) = (dir.path().join("new"), dir.path().join("longer"));
+        fs::write(&longer, [7; 50_000]).unwrap();
+        for path in [&new, &longer] {
+            disk.allocate(path, 40_000).unwrap();
+            let meta = fs::metadata(path).unwrap();
+            assert!(meta.blocks() * 512 >= 40_000, "{} blocks", meta.blocks());
+        }
+        assert_eq!(fs::read(&new).unwrap(), [0; 40_000]);
+        assert_eq!(fs::metadata(&longer).unwrap().len(), 50_000);
+        // The other name of a file is not overwritten, and no link is followed.
+        fs::hard_link(&longer, dir.path().join("linked")).unwrap();
+        symlink(&new, dir.path().join("symlink")).unwrap();
+        for refused in ["linked", "symlink"] {
+            assert!(disk.allocate(&dir.path().join(refused), 90_000).is_err(), "{refused}");
+        }
+        assert_eq!(fs::metadata(&longer).unwrap().len(), 50_000);
+        assert!(disk.available(dir.path()).unwrap().is_some_and(|bytes| bytes > 0));
+        let written = dir.path().join("written");
+        real::allocate_by_writing(&written, 100_000).unwrap();
+        assert_eq!(fs::read(&written).unwrap(), [0; 100_000]);
+    }
+}

@@ -677,7 +677,9 @@ impl Logstore {
     ///
     /// # Errors
     /// The error of the write or the sync. [`Error::GroupsLost`], once, if groups of an earlier
-    /// append are lost with their key: nothing can make them durable.
+    /// append are lost with their key: nothing can make them durable. [`Error::Latched`], once, if a
+    /// full disk had stopped a shard before they were durable, and the shard writes again by itself
+    /// ([`StoreOptions::reopen_full_shards`](crate::StoreOptions::reopen_full_shards)).
     pub fn sync(&self) -> Result<()> {
         self.shared.act_on_losses();
         self.shared.shards.iter().try_for_each(|shard| shard.make_durable())

@@ -128,7 +128,10 @@ impl Figures {
         }
         let suspended = f64::from(u8::from(metrics.retention_suspended));
         let help = "1 if retention by age is suspended, otherwise 0";
-        out.gauges("retention_suspended", help, &[(none, suspended)])
+        out.gauges("retention_suspended", help, &[(none.clone(), suspended)])?;
+        let short = f64::from(u8::from(metrics.reserve_short));
+        let help = "1 if a part of the room for a full disk is missing, otherwise 0";
+        out.gauges("reserve_short", help, &[(none, short)])
     }
 
     fn logstores(&self, out: &mut Encoder<'_>) -> Result<(), Error> {

@@ -378,9 +378,7 @@ impl GroupCommit {
     /// `None` if all of it is synced. The caller is an asker after `Some`.
     pub(super) fn begin_sync(&self) -> Result<Option<u64>, Stopped> {
         let mut state = self.lock();
-        if let Some(cause) = &state.latched {
-            return Err(Stopped::Latched(Arc::clone(cause)));
-        }
+        state.check_latch()?;
         let end = state.queue.back().map_or(state.taken.max(state.written), |last| last.seq + 1);
         if state.synced >= end {
             return Ok(None);
@@ -507,7 +505,7 @@ impl GroupCommit {
     /// The appends in `range` have failed with `error`.
     pub(super) fn fail(&self, range: Range<u64>, error: &Error) {
         let mut state = self.lock();
-        state.in_hand = LostGroups::default();
+        state.gave_up |= std::mem::take(&mut state.in_hand).groups > 0;
         state.fail(range, false, error);
     }
 
@@ -668,7 +666,7 @@ impl GroupCommit {
 
     /// Whether submissions are accepted now.
     pub(super) fn is_open(&self) -> Result<bool, Stopped> {
-        let state = self.lock();
+        let mut state = self.lock();
         state.check().map(|()| state.open)
     }
 
@@ -716,9 +714,12 @@ impl GroupCommit {
     /// Returns how much of the budget the queued groups held.
     pub(super) fn latch(&self, cause: Arc<Error>, error: &Error) -> usize {
         let mut state = self.lock();
+        let in_hand = std::mem::take(&mut state.in_hand);
+        state.gave_up |= in_hand.groups > 0
+            || state.written > state.synced
+            || state.queue.iter().any(|pending| pending.group.acked);
         state.end_all(error);
         let freed = state.forget(error);
-        state.in_hand = LostGroups::default();
         state.open = false;
         state.latched = Some(cause);
         freed
@@ -729,10 +730,31 @@ impl GroupCommit {
         self.lock().latched.clone()
     }
 
-    /// Removes the latch. Returns whether there was one; after [`GroupCommit::close`] it stays.
+    /// Why the writer is latched, if it is and can be reopened: after [`GroupCommit::close`] it
+    /// cannot.
+    pub(super) fn reopenable(&self) -> Option<Arc<Error>> {
+        let state = self.lock();
+        if state.closed { None } else { state.latched.clone() }
+    }
+
+    /// Removes the latch for a caller that knows of the failure. Returns whether there was one;
+    /// after [`GroupCommit::close`] it stays.
     pub(super) fn unlatch(&self) -> bool {
         let mut state = self.lock();
+        (state.gave_up, state.unreported) = (false, None);
         !state.closed && state.latched.take().is_some()
+    }
+
+    /// Removes the latch, although no caller may know of the failure. If it has ended acknowledged
+    /// groups that were not synced, the next caller that submits or syncs gets it, once.
+    pub(super) fn unlatch_unasked(&self) {
+        let mut state = self.lock();
+        if !state.closed
+            && let Some(cause) = state.latched.take()
+            && std::mem::take(&mut state.gave_up)
+        {
+            state.unreported = Some(cause);
+        }
     }
 
     /// Accepts no more submissions. Groups in the queue can still be written.
@@ -864,6 +886,11 @@ struct State {
     taken: u64,
     /// The acknowledged groups of the batch that the leader has.
     in_hand: LostGroups,
+    /// Whether the failure that has latched the writer has ended acknowledged groups that were not
+    /// synced: they may be lost.
+    gave_up: bool,
+    /// Such a failure, after the latch was removed unasked.
+    unreported: Option<Arc<Error>>,
     /// Everything below is written.
     written: u64,
     /// Everything below is synced.
@@ -896,11 +923,17 @@ struct State {
 }
 
 impl State {
-    fn check(&self) -> Result<(), Stopped> {
+    fn check(&mut self) -> Result<(), Stopped> {
         if self.closed {
             return Err(Stopped::Closed);
         }
-        self.latched.as_ref().map_or(Ok(()), |cause| Err(Stopped::Latched(Arc::clone(cause))))
+        self.check_latch()
+    }
+
+    /// Returns the failure that has latched the writer, or an earlier one that no caller knows of.
+    fn check_latch(&mut self) -> Result<(), Stopped> {
+        let cause = self.latched.clone().or_else(|| self.unreported.take());
+        cause.map_or(Ok(()), |cause| Err(Stopped::Latched(cause)))
     }
 
     fn outcome(&self, seq: u64, durability: Durability) -> Option<Result<()>> {

@@ -5,6 +5,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use tracing::{debug, info};
+
 use super::{
     End, Head, Shard,
     leader::{Leading, is_refusal},
@@ -197,6 +199,37 @@ impl Shard {
         if self.commit.unlatch() {
             // The failed operation may have left a segment that is not in the list.
             self.list.forget();
+        }
+    }
+
+    /// Recovers a shard that a full disk has stopped, and lets it write again. If the disk is still
+    /// full, or the key may not be used, tries again later. A failure of another kind is left to the
+    /// next append.
+    pub(super) fn reopen_if_room(&self) {
+        self.timers.reopen_begins();
+        let mut writer = self.writer();
+        if !self.commit.reopenable().is_some_and(|cause| cause.is_disk_full()) {
+            return;
+        }
+        let (logstore, shard) = (self.name(), self.id());
+        // As after any failure: the failed operation may have left a segment.
+        self.list.forget();
+        let begun = self.context.gate.admit().and_then(|_| self.begin(&mut writer));
+        match &begun {
+            Ok(()) => info!(%logstore, shard, "shard writer reopened, the disk has room again"),
+            Err(error) => {
+                debug!(%logstore, shard, %error, "shard writer not reopened");
+                if writer.abandon() {
+                    self.list.abandon_active();
+                }
+                if error.is_disk_full() || is_refusal(error) {
+                    return self.schedule_reopen();
+                }
+            }
+        }
+        self.commit.unlatch_unasked();
+        if let Some(reserved) = writer.reserved() {
+            self.commit.open(&reserved);
         }
     }
 

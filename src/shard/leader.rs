@@ -26,7 +26,7 @@ use crate::{
     Error, Result,
     schedule::{ShardJob, Work},
     sync::{
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
         lock,
     },
 };
@@ -41,6 +41,10 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// After how long groups are tried again that were handed over and got no sequence number.
 const PLACE_AGAIN_AFTER: Duration = Duration::from_millis(20);
+/// After how long a shard is reopened that a full disk has stopped.
+const REOPEN_AFTER: Duration = Duration::from_secs(1);
+/// How often that time doubles while the disk stays full.
+const REOPEN_DOUBLINGS: u32 = 6;
 /// How much of the budget a waiting group takes beyond its own bytes.
 const PENDING_BYTES: usize = size_of::<Pending>();
 
@@ -51,6 +55,9 @@ pub(super) struct Timers {
     roll: AtomicBool,
     mark: AtomicBool,
     look: AtomicBool,
+    reopen: AtomicBool,
+    /// How often the shard was to be reopened since it has written a block.
+    reopenings: AtomicU32,
     /// When the shard was synced last, in nanoseconds of uptime.
     synced_at_ns: AtomicU64,
 }
@@ -84,6 +91,25 @@ impl Timers {
     /// The scheduled look has begun: the next one can be scheduled.
     fn look_begins(&self) {
         self.look.store(false, Ordering::SeqCst);
+    }
+
+    /// After how long the shard is to be reopened. `None` if that is scheduled already.
+    fn claim_reopen(&self) -> Option<Duration> {
+        if self.reopen.swap(true, Ordering::SeqCst) {
+            return None;
+        }
+        let earlier = self.reopenings.fetch_add(1, Ordering::SeqCst);
+        Some(REOPEN_AFTER * 2u32.pow(earlier.min(REOPEN_DOUBLINGS)))
+    }
+
+    /// The scheduled reopening has begun: the next one can be scheduled.
+    pub(super) fn reopen_begins(&self) {
+        self.reopen.store(false, Ordering::SeqCst);
+    }
+
+    /// The shard has written a block.
+    fn wrote(&self) {
+        self.reopenings.store(0, Ordering::Relaxed);
     }
 
     /// Notes a sync that began at this uptime.
@@ -502,6 +528,7 @@ impl Shard {
 
     /// Counts groups that were written.
     fn note_written(&self, batch: &[Pending]) {
+        self.timers.wrote();
         let now = self.context.clock.uptime();
         let after = batch.iter().map(|pending| now.saturating_sub(pending.group.submitted));
         self.env.counters().written(after);
@@ -576,8 +603,11 @@ impl Shard {
             error!(logstore = %self.name(), shard = self.id(), %error, "shard writer latched");
         }
         let cause = Arc::new(error);
-        let reported = self.latched(&cause);
+        let (reported, is_full) = (self.latched(&cause), cause.is_disk_full());
         self.context.budget.release(self.commit.latch(cause, &reported));
+        if is_full {
+            self.schedule_reopen();
+        }
     }
 
     /// Latches the shard after a failed operation. A finding or a refusal does not latch it.
@@ -619,7 +649,7 @@ impl Shard {
         Ok(())
     }
 
-    fn begin(&self, writer: &mut SegmentWriter) -> Result<()> {
+    pub(super) fn begin(&self, writer: &mut SegmentWriter) -> Result<()> {
         check_no_data_key(&self.list)?;
         let next = match writer.next().cloned() {
             Some(next) => next,
@@ -726,6 +756,15 @@ impl Shard {
     fn schedule_mark(&self, after: Duration) {
         if self.timers.claim_mark() {
             self.schedule(after, ShardJob::Mark);
+        }
+    }
+
+    /// Has the shard reopened once the disk may have room again, unless the options forbid that.
+    pub(super) fn schedule_reopen(&self) {
+        if self.context.options.reopen_full_shards
+            && let Some(after) = self.timers.claim_reopen()
+        {
+            self.schedule(after, ShardJob::Reopen);
         }
     }
 

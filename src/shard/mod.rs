@@ -117,6 +117,8 @@ pub(crate) struct ShardOptions {
     pub(crate) segment_age: Duration,
     /// Whether there are threads that run scheduled jobs.
     pub(crate) threads: bool,
+    /// Whether a shard that a full disk has stopped writes again by itself.
+    pub(crate) reopen_full_shards: bool,
 }
 
 /// How new blocks are sealed. Replaced as a whole when the configuration or the keys change.
@@ -483,6 +485,7 @@ impl Task<ShardJob> for Shard {
             ShardJob::Mark => self.mark_if_idle(),
             ShardJob::RollByAge => self.roll_if_old(),
             ShardJob::Abandon => self.abandon(),
+            ShardJob::Reopen => self.reopen_if_room(),
         }
     }
 

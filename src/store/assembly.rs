@@ -15,6 +15,7 @@ use super::{
     open_store::OpenStore,
     options::{Background, StoreOptions},
     registry::{Registry, Wiring},
+    reserve::Reserve,
     scheduler::Scheduler,
     trusted_clock::TrustedClock,
 };
@@ -68,7 +69,7 @@ pub(super) struct Opening {
     pub(super) keyring: Keyring,
     pub(super) catalogue: Catalogue,
     /// `None` opens the store for reading.
-    pub(super) writer: Option<(StoreLock, Fence)>,
+    pub(super) writer: Option<(StoreLock, Fence, Arc<Reserve>)>,
     pub(super) audit: Audit,
     /// How many records of the catalogue the anchor lacks, in a store that is open for reading.
     pub(super) anchor_lacks: Option<u64>,
@@ -82,8 +83,9 @@ impl Opening {
         catalogue: Catalogue,
         held: StoreLock,
         fence: Fence,
+        reserve: Arc<Reserve>,
     ) -> Self {
-        Self { writer: Some((held, fence)), ..Self::for_reading(keyring, catalogue) }
+        Self { writer: Some((held, fence, reserve)), ..Self::for_reading(keyring, catalogue) }
     }
 
     pub(super) fn for_reading(keyring: Keyring, catalogue: Catalogue) -> Self {
@@ -158,6 +160,13 @@ impl Setup {
         Ok(Self { disk, ..self })
     }
 
+    /// As [`Setup::rooted`], for a store that is to be written: its disk can use the reserve.
+    pub(super) fn rooted_for_writing(self) -> Result<(Self, Arc<Reserve>)> {
+        let rooted = self.rooted()?;
+        let reserve = Reserve::new(Arc::clone(&rooted.disk), &rooted.dir);
+        Ok((Self { disk: reserve.disk(), ..rooted }, reserve))
+    }
+
     /// The file of the keyring. It is outside the store, so it is located on the whole disk.
     pub(super) fn keyring_file(&self, outside: &dyn Disk) -> Result<Arc<KeyringFile>> {
         let access =
@@ -227,8 +236,10 @@ impl Setup {
         let service = ServiceKey::new(keyring, Arc::clone(&counters), writer.is_none());
         let service = Arc::new(service);
         let known = catalogue.audit.clone();
-        let (held, fence): (Option<StoreLock>, Option<Arc<Fence>>) =
-            writer.map(|(held, fence)| (held, Arc::new(fence))).unzip();
+        let (held, fence, reserve) = match writer {
+            Some((held, fence, reserve)) => (Some(held), Some(Arc::new(fence)), reserve),
+            None => (None, None, Reserve::new(Arc::clone(&self.disk), &self.dir)),
+        };
         let audit = AuditLog::new(
             Arc::clone(&self.disk),
             Arc::clone(&self.clock),
@@ -257,6 +268,7 @@ impl Setup {
             id,
             read_only: held.is_none(),
             disk,
+            reserve,
             trusted,
             dir: self.dir,
             options: self.options,

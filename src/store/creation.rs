@@ -20,6 +20,7 @@ use super::{
     identity::{STORE, verify_identity, write_identity},
     lock::StoreLock,
     open_store::OpenStore,
+    reserve::Reserve,
 };
 use crate::{
     Error, Result,
@@ -122,8 +123,8 @@ pub(super) fn create(setup: Setup) -> Result<OpenStore> {
         ),
         other => other,
     })?;
-    let found = setup.clone().rooted().and_then(|rooted| {
-        let remains = Remains::look(&*rooted.disk, &rooted.dir)?;
+    let found = setup.clone().rooted_for_writing().and_then(|rooted| {
+        let remains = Remains::look(&*rooted.0.disk, &rooted.0.dir)?;
         Ok((rooted, remains))
     });
     match found {
@@ -140,7 +141,7 @@ pub(super) fn create(setup: Setup) -> Result<OpenStore> {
             // Before the directory is made, because a KMS may refuse to wrap the keyring.
             let new = draw_keyring(&setup, &file)?;
             make_directory(&setup, &*outside)?;
-            create_in(setup.rooted()?, &*outside, &file, Some(new))
+            create_in(setup.rooted_for_writing()?, &*outside, &file, Some(new))
         }
         Err(error) => Err(error),
     }
@@ -170,7 +171,7 @@ fn draw_keyring(setup: &Setup, file: &Arc<KeyringFile>) -> Result<NewKeyring> {
 
 /// Creates the store in its directory, which exists.
 fn create_in(
-    setup: Setup,
+    (setup, reserve): (Setup, Arc<Reserve>),
     outside: &dyn Disk,
     file: &Arc<KeyringFile>,
     new: Option<NewKeyring>,
@@ -214,9 +215,11 @@ fn create_in(
     // The creation has succeeded if the store can be opened again.
     keyring.verify_file()?;
     verify_identity(&*disk, &dir, &keyring)?;
-    let store = setup.assemble(Opening::for_writing(keyring, found.catalogue, held, fence))?;
+    let opening = Opening::for_writing(keyring, found.catalogue, held, fence, reserve);
+    let store = setup.assemble(opening)?;
     store.core().keys.audit().record(AuditEvent::StoreCreated, None, "")?;
     anchoring::begin(store.core(), false)?;
+    store.core().tend_reserve();
     Ok(store)
 }
 

@@ -6,6 +6,7 @@ use tracing::{info, warn};
 
 use super::{
     options::{Background, StoreOptions},
+    reserve::Reserve,
     trusted_clock::{Look, TrustedClock},
 };
 use crate::{
@@ -23,6 +24,8 @@ pub(crate) struct StoreEnv {
     pub(crate) options: StoreOptions,
     /// In a store that is open for writing, this disk checks the fence before each rename.
     pub(crate) disk: Arc<dyn Disk>,
+    /// The room that is kept for a full disk.
+    pub(crate) reserve: Arc<Reserve>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) random: Arc<dyn Random>,
     pub(crate) provider: Arc<dyn CryptoProvider>,

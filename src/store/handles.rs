@@ -21,6 +21,7 @@ use super::{
     options::StoreOptions,
     removal::DeleteReport,
     repair::{self, StoreRepairReport},
+    reserve::ReserveStatus,
     retention::{self, RetainOptions, RetentionReport, RetentionStatus},
     rewrap_all::{self, RewrapOptions, RewrapProgress, RewrapReport},
     service_rotation::{self, ServiceRotation},
@@ -164,6 +165,7 @@ impl Store {
         metrics.logstores = registry.open_logstores().iter().map(|open| open.metrics()).collect();
         metrics.pending_bytes = registry.pending_bytes();
         metrics.retention_suspended = retention::status(self.core()).suspended;
+        metrics.reserve_short = !self.is_read_only() && self.core().reserve_status().is_short();
         metrics
     }
 
@@ -500,6 +502,13 @@ impl Admin<'_> {
     /// When retention was applied last, and whether retention by age is suspended. Needs no key.
     pub fn retention_status(&self) -> RetentionStatus {
         retention::status(self.open.core())
+    }
+
+    /// The room that the store keeps for a full disk: with it, deletion, retention, shredding,
+    /// repair and the opening of the store work without a free page or inode. A store that is open
+    /// for reading looks at the files.
+    pub fn reserve_status(&self) -> ReserveStatus {
+        self.open.core().reserve_status()
     }
 
     /// Accepts the loss of the segments of a shard that are missing or damaged, and gives up damaged

@@ -79,7 +79,10 @@ impl Task<StoreJob> for Jobs {
             match job {
                 StoreJob::Retention => self.retain(),
                 StoreJob::Keys => self.tend_data_keys(),
-                StoreJob::Heads => self.record_heads(),
+                StoreJob::Heads => {
+                    self.record_heads();
+                    self.core.tend_reserve();
+                }
             }
         }
         self.schedule(job);

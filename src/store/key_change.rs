@@ -159,6 +159,7 @@ pub(super) fn shred(core: &Core, name: &LogstoreName, versions: &[u32]) -> Resul
         }
         Ok(versions.len() as u32)
     };
+    let _borrowed = core.env.reserve.borrow();
     let one = core.registry.administer_logstore(name)?;
     change_keys(core, &one, &one.logstore()?, &KeyChange::shred(versions, ""), shred).map(|_| ())
 }

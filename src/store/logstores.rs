@@ -201,6 +201,7 @@ pub(super) fn delete_if(
     admit: impl FnOnce(&Entry) -> Result<()>,
 ) -> Result<DeleteReport> {
     let Core { env, keys, registry } = core;
+    let _borrowed = env.reserve.borrow();
     let mut admin = registry.administer()?;
     let entry = registry.entry(name)?;
     admit(&entry)?;

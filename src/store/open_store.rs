@@ -56,8 +56,13 @@ impl OpenStore {
         retention::apply_at_close(&self.core);
         let mut closing = registry.begin_close();
         let excess = retention::find_at_close(&self.core, &closing);
+        let borrowed = (!excess.is_empty()).then(|| env.reserve.borrow());
         if registry.record_close(&mut closing, excess.changes()) {
             excess.remove();
+        }
+        drop(borrowed);
+        if closing.is_first {
+            env.reserve.fill();
         }
         let result = registry.end_close(closing);
         keys.stop_renewals();

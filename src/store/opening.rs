@@ -16,6 +16,7 @@ use super::{
     lock::StoreLock,
     logstores,
     open_store::OpenStore,
+    reserve::Reserve,
 };
 use crate::{
     Error, Result,
@@ -36,7 +37,7 @@ pub(super) fn open(setup: Setup) -> Result<OpenStore> {
         return Err(Error::InvalidArgument(what.to_owned()));
     }
     let outside = Arc::clone(&setup.disk);
-    let setup = setup.rooted()?;
+    let (setup, reserve) = setup.rooted_for_writing()?;
     let identity = claimed_identity(&setup)?;
     check_writing(&identity.features, &identity_path(&setup.dir))?;
     setup.check_file_system()?;
@@ -45,6 +46,7 @@ pub(super) fn open(setup: Setup) -> Result<OpenStore> {
     check_writing(keyring.features(), keyring.path())?;
     verify_identity(&*setup.disk, &setup.dir, &keyring)?;
     // The directory is an authentic store. Nothing in it is written before this point.
+    let _borrowed = reserve.borrow();
     let held = match held {
         Some(held) => held,
         None => {
@@ -74,9 +76,11 @@ pub(super) fn open(setup: Setup) -> Result<OpenStore> {
     }
     creation::forget(&*setup.disk, &setup.dir);
     let without_anchor = setup.without_anchor;
-    let store = setup.assemble(Opening::for_writing(keyring, found.catalogue, held, fence))?;
+    let opening = Opening::for_writing(keyring, found.catalogue, held, fence, Arc::clone(&reserve));
+    let store = setup.assemble(opening)?;
     anchoring::begin(store.core(), without_anchor)?;
     logstores::clean_up(store.core())?;
+    store.core().tend_reserve();
     Ok(store)
 }
 
@@ -123,7 +127,7 @@ pub(super) fn recover_without_keyring(
 ) -> Result<(OpenStore, RecoverReport)> {
     setup.options.check()?;
     let outside = Arc::clone(&setup.disk);
-    let setup = setup.rooted()?;
+    let (setup, reserve) = setup.rooted_for_writing()?;
     let identity = claimed_identity(&setup)?;
     check_writing(&identity.features, &identity_path(&setup.dir))?;
     setup.check_file_system()?;
@@ -133,7 +137,8 @@ pub(super) fn recover_without_keyring(
     let keyring = setup.new_keyring(&file, identity.store, now_us)?.write()?;
     // Until the new STORE file is in place, the old one names the old keyring, so an
     // interrupted recovery can start again.
-    let recovered = recover_with(setup, held, keyring, identity.store, now_us, expected);
+    let writer = (held, reserve);
+    let recovered = recover_with(setup, writer, keyring, identity.store, now_us, expected);
     if recovered.is_err() {
         // Nothing depends on the new keyring yet.
         let _ = file.remove();
@@ -143,7 +148,7 @@ pub(super) fn recover_without_keyring(
 
 fn recover_with(
     setup: Setup,
-    held: StoreLock,
+    (held, reserve): (StoreLock, Arc<Reserve>),
     keyring: Keyring,
     id: StoreId,
     now_us: u64,
@@ -153,8 +158,8 @@ fn recover_with(
     let above = catalogue::newest_epoch(&*disk, &dir)?;
     let fence = Fence::raise(&*disk, &dir, id, above, &*setup.random)?;
     let catalogue = Catalogue { generation: 1, ..Catalogue::default() };
-    let opening =
-        Opening { audit: Audit::Lost, ..Opening::for_writing(keyring, catalogue, held, fence) };
+    let opening = Opening::for_writing(keyring, catalogue, held, fence, reserve);
+    let opening = Opening { audit: Audit::Lost, ..opening };
     let store = setup.assemble(opening)?;
     let Core { keys, registry, .. } = store.core();
     let report = keyring_loss::recover_logstores(store.core(), expected).inspect_err(|error| {
@@ -165,6 +170,7 @@ fn recover_with(
     write_identity(&*disk, &dir, id, &keys.keyring(), now_us)?;
     keys.audit().record(AuditEvent::KeyringReplaced, None, "")?;
     anchoring::begin(store.core(), false)?;
+    store.core().tend_reserve();
     Ok((store, report))
 }
 

@@ -93,6 +93,13 @@ pub struct StoreOptions {
     /// How long the anchor may be behind before appends fail with [`Error::AnchorBehind`]. `None`
     /// by default: an anchor that fails stops nothing. At least 1 s.
     pub anchor_required: Option<Duration>,
+    /// Whether a shard that a full disk has stopped writes again by itself once there is room. Its
+    /// end is then recovered as after a crash. If acknowledged groups were not synced, the next
+    /// append, [`Logstore::sync`](crate::Logstore::sync) or close fails with the failure, once. The
+    /// store tries this after 1 s, and after up to 64 s each time that the disk is still full. On by
+    /// default. Otherwise the caller calls
+    /// [`Logstore::reopen_shard`](crate::Logstore::reopen_shard).
+    pub reopen_full_shards: bool,
     /// Whether the group may read the files and directories that the store creates: modes 0640 and
     /// 0750 in place of 0600 and 0700. Off by default. Existing files keep their mode.
     pub group_read: bool,
@@ -128,6 +135,7 @@ impl Default for StoreOptions {
             clock_settle: Duration::from_secs(3600),
             head_every: Duration::from_secs(10),
             anchor_required: None,
+            reopen_full_shards: true,
             group_read: false,
             keyring_group_read: false,
             allow_network_fs: false,
@@ -156,6 +164,7 @@ impl StoreOptions {
         clock_settle: Duration;
         head_every: Duration;
         anchor_required: Duration, optional;
+        reopen_full_shards: bool;
         group_read: bool;
         keyring_group_read: bool;
         allow_network_fs: bool;

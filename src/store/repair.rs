@@ -70,6 +70,7 @@ impl Serialize for FailedRepair {
 /// not stop the others.
 pub(super) fn repair_all(core: &Core, options: &RepairOptions) -> Result<StoreRepairReport> {
     core.registry.check_writable()?;
+    let _borrowed = core.env.reserve.borrow();
     let mut report = StoreRepairReport {
         audit: repair_audit(core, options)?,
         probes: remove_damaged_probes(core, options)?,
@@ -181,6 +182,7 @@ pub(super) fn repair_shard(
     options: &RepairOptions,
 ) -> Result<RepairReport> {
     core.registry.check_writable()?;
+    let _borrowed = core.env.reserve.borrow();
     let logstore = core.registry.logstore(name)?;
     let missing = || Error::ShardMissing { logstore: name.clone(), shard };
     let shard = logstore.shards.get(shard as usize).ok_or_else(missing)?;

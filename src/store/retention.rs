@@ -11,6 +11,7 @@ use super::{
     key_change::{KeyChange, change_keys},
     logstores,
     registry::Closing,
+    reserve::Borrower,
     trusted_clock::TrustedClock,
     unanswered::Unanswered,
 };
@@ -98,6 +99,7 @@ struct Excess {
 /// A run of retention.
 struct Run<'a> {
     core: &'a Core,
+    _borrowed: Borrower<'a>,
     report: RetentionReport,
     /// The wall clock at the begin of the run.
     now_us: u64,
@@ -204,6 +206,10 @@ pub(super) fn find_at_close<'a>(core: &'a Core, closing: &Closing<'_>) -> Excess
 }
 
 impl ExcessAtClose<'_> {
+    pub(super) fn is_empty(&self) -> bool {
+        self.of_shards.is_empty()
+    }
+
     /// The changes of the catalogue.
     pub(super) fn changes(&self) -> Vec<Change> {
         let dropped = |(logstore, shard, excess): &(Arc<LogstoreShared>, Arc<Shard>, Excess)| {
@@ -299,7 +305,8 @@ impl<'a> Run<'a> {
         core.registry.check_writable()?;
         let look = core.env.look_at_clock();
         let report = RetentionReport { suspended: look.suspended, ..RetentionReport::default() };
-        Ok(Self { core, report, now_us: look.now_us, unanswered: Unanswered::default() })
+        let (_borrowed, now_us) = (core.env.reserve.borrow(), look.now_us);
+        Ok(Self { core, _borrowed, report, now_us, unanswered: Unanswered::default() })
     }
 
     /// Calls `retain` for each Logstore.

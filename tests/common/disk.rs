@@ -32,6 +32,7 @@ pub(crate) enum Op {
     Write,
     Sync,
     SetLen,
+    Allocate,
     Rename,
     Remove,
     CreateDir,
@@ -60,6 +61,7 @@ impl Op {
                 | Op::Write
                 | Op::Sync
                 | Op::SetLen
+                | Op::Allocate
                 | Op::Rename
                 | Op::CreateDir
                 | Op::SyncDir
@@ -208,6 +210,10 @@ impl Hang {
 
 /// The unit of an atomic write, in bytes.
 const SECTOR: u64 = 512;
+/// The unit in which space is taken, in bytes.
+const PAGE: u64 = 4096;
+/// How many entries of a directory fit into a page.
+const ENTRIES_PER_PAGE: u64 = 32;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Node {
@@ -255,6 +261,10 @@ struct File {
     durable: Vec<u8>,
     unsynced: Vec<Change>,
     locked_by: Option<u64>,
+    /// The allocated zeros behind `live`, and those behind `durable`. They are not kept as bytes,
+    /// because a test copies the files very often.
+    zeros: u64,
+    durable_zeros: u64,
 }
 
 #[derive(Default)]
@@ -269,6 +279,15 @@ struct State {
     hang: Option<Arc<Hang>>,
     /// The process that may use it: the previous one was killed.
     process: u64,
+    /// The pages and the inodes of the disk, if they are limited.
+    limits: Option<Usage>,
+}
+
+/// Pages and inodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) pages: u64,
+    pub(crate) inodes: u64,
 }
 
 /// The file system. All clones share one state.
@@ -339,6 +358,30 @@ impl Dice {
 }
 
 impl File {
+    fn len(&self) -> u64 {
+        self.live.len() as u64 + self.zeros
+    }
+
+    fn pages(&self) -> u64 {
+        self.len().div_ceil(PAGE)
+    }
+
+    /// Makes a change. Zeros that are allocated become bytes if they are written.
+    fn change(&mut self, change: Change) {
+        match change {
+            Change::Len(len) if self.zeros > 0 && len >= self.live.len() as u64 => {
+                self.zeros = len - self.live.len() as u64;
+                return;
+            }
+            Change::Len(_) => self.zeros = 0,
+            Change::Write(..) => {}
+        }
+        let len = self.len();
+        apply(&mut self.live, &change);
+        self.zeros = len.saturating_sub(self.live.len() as u64).min(self.zeros);
+        self.unsynced.push(change);
+    }
+
     /// The contents after a power loss during write-back. One of four styles: no change is present;
     /// all are; of each change none, all, or a prefix; or of each change any subset of its sectors.
     /// The new length may be present without the data.
@@ -385,6 +428,50 @@ fn sectors(offset: u64, data: &[u8]) -> Vec<(u64, &[u8])> {
 }
 
 impl State {
+    /// The used pages and inodes. An unlinked file uses none.
+    fn usage(&self) -> Usage {
+        let mut usage = Usage::default();
+        self.add_usage(0, &mut usage);
+        usage
+    }
+
+    fn add_usage(&self, dir: u64, usage: &mut Usage) {
+        let entries = &self.dirs[&dir].live;
+        usage.inodes += 1 + entries.len() as u64;
+        usage.pages += 1 + entries.len() as u64 / ENTRIES_PER_PAGE;
+        for node in entries.values() {
+            match node {
+                Node::Dir(dir) => {
+                    usage.inodes -= 1;
+                    self.add_usage(*dir, usage);
+                }
+                Node::File(file) => usage.pages += self.files[file].pages(),
+            }
+        }
+    }
+
+    /// The pages and inodes that are left.
+    fn left(&self) -> Usage {
+        let Some(limits) = self.limits else {
+            return Usage { pages: u64::MAX, inodes: u64::MAX };
+        };
+        let used = self.usage();
+        Usage {
+            pages: limits.pages.saturating_sub(used.pages),
+            inodes: limits.inodes.saturating_sub(used.inodes),
+        }
+    }
+
+    /// Refuses a new entry of a directory that has no room.
+    fn check_entry(&self, dir: u64, pages: u64) -> io::Result<()> {
+        let left = self.left();
+        let grows = (self.dirs[&dir].live.len() as u64 + 1).is_multiple_of(ENTRIES_PER_PAGE);
+        match left.inodes == 0 || left.pages < pages + u64::from(grows) {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => Ok(()),
+        }
+    }
+
     fn new_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id
@@ -406,7 +493,7 @@ impl State {
     fn stat(&self, node: Node) -> FileStat {
         let (identity, len) = match node {
             Node::Dir(dir) => (dir, 0),
-            Node::File(file) => (file, self.files[&file].live.len() as u64),
+            Node::File(file) => (file, self.files[&file].len()),
         };
         let is_it = |other: &Node| matches!((other, node), (Node::File(one), Node::File(other)) if *one == other);
         let links = match node {
@@ -481,11 +568,23 @@ impl State {
                         Survives::Synced => found.durable.clone(),
                         Survives::Some { .. } => found.written_back(dice),
                     };
+                    let zeros = match survives {
+                        Survives::Everything => found.zeros,
+                        Survives::Synced => found.durable_zeros,
+                        Survives::Some { .. } => {
+                            [found.zeros, found.durable_zeros][dice.roll(2) as usize]
+                        }
+                    };
                     let (id, path) = (into.new_id(), found.path.clone());
-                    into.files.insert(
-                        id,
-                        File { path, live: bytes.clone(), durable: bytes, ..File::default() },
-                    );
+                    let file = File {
+                        path,
+                        live: bytes.clone(),
+                        durable: bytes,
+                        zeros,
+                        durable_zeros: zeros,
+                        ..File::default()
+                    };
+                    into.files.insert(id, file);
                     Node::File(id)
                 }
             };
@@ -549,9 +648,34 @@ impl SimDisk {
             .iter()
             .map(|(id, file)| (*id, File { locked_by: None, ..file.clone() }))
             .collect();
-        let copy =
-            State { dirs: state.dirs.clone(), files, next_id: state.next_id, ..State::default() };
+        let copy = State {
+            dirs: state.dirs.clone(),
+            files,
+            next_id: state.next_id,
+            limits: state.limits,
+            ..State::default()
+        };
         Self { state: Arc::new(Mutex::new(copy)), process: 0 }
+    }
+
+    /// Leaves this many pages and inodes free from now on. The limits stay with [`SimDisk::fork`]
+    /// and [`SimDisk::kill`], but not with [`SimDisk::crash`].
+    pub(crate) fn leave_free(&self, pages: u64, inodes: u64) {
+        let mut state = self.lock();
+        let used = state.usage();
+        let limit = |used: u64, free: u64| used.saturating_add(free);
+        state.limits =
+            Some(Usage { pages: limit(used.pages, pages), inodes: limit(used.inodes, inodes) });
+    }
+
+    /// Makes the disk large enough for everything.
+    pub(crate) fn grow(&self) {
+        self.lock().limits = None;
+    }
+
+    /// The pages and inodes that are left.
+    pub(crate) fn left(&self) -> Usage {
+        self.lock().left()
     }
 
     /// The number of changes requested so far.
@@ -806,6 +930,40 @@ impl Disk for SimDisk {
         Ok(Arc::new(self.clone()))
     }
 
+    fn available(&self, _dir: &Path) -> io::Result<Option<u64>> {
+        let state = self.lock();
+        Ok(state.limits.map(|_| state.left().pages.saturating_mul(PAGE)))
+    }
+
+    fn allocate(&self, path: &Path, len: u64) -> io::Result<()> {
+        let verdict = self.enter(Op::Allocate, path)?;
+        let mut state = self.lock();
+        let file = match state.look_up(path) {
+            Ok(Node::File(file)) => file,
+            Ok(Node::Dir(_)) => return Err(io::ErrorKind::IsADirectory.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let (dir, name) = state.parent(path)?;
+                state.check_entry(dir, 0)?;
+                let id = state.new_id();
+                state.files.insert(id, File { path: path.to_owned(), ..File::default() });
+                state.change_dir(dir, Entry::Put(name, Node::File(id)));
+                id
+            }
+            Err(error) => return Err(error),
+        };
+        let left = state.left().pages;
+        let file = state.files.get_mut(&file).unwrap();
+        let missing = len.div_ceil(PAGE).saturating_sub(file.pages());
+        // A real disk may allocate a part.
+        let len = if missing > left { (file.pages() + left) * PAGE } else { len };
+        file.zeros = file.zeros.max(len.saturating_sub(file.live.len() as u64));
+        if missing > left {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        file.durable_zeros = file.zeros;
+        if verdict == Verdict::DoneAndFail { Err(injected(io::ErrorKind::Other)) } else { Ok(()) }
+    }
+
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
         let create = mode == OpenMode::CreateNew;
         let verdict = self.enter(if create { Op::Create } else { Op::Open }, path)?;
@@ -816,6 +974,7 @@ impl Disk for SimDisk {
             (Ok(Node::File(file)), false) => file,
             (Err(error), true) if error.kind() == io::ErrorKind::NotFound => {
                 let (dir, name) = state.parent(path)?;
+                state.check_entry(dir, 0)?;
                 let id = state.new_id();
                 state.files.insert(id, File { path: path.to_owned(), ..File::default() });
                 state.change_dir(dir, Entry::Put(name, Node::File(id)));
@@ -859,6 +1018,7 @@ impl Disk for SimDisk {
                 return Err(io::ErrorKind::AlreadyExists.into());
             }
             let (parent, name) = state.parent(path)?;
+            state.check_entry(parent, 1)?;
             let id = state.new_id();
             state.dirs.insert(id, Dir::default());
             state.change_dir(parent, Entry::Put(name, Node::Dir(id)));
@@ -926,9 +1086,29 @@ impl SimFile {
             (change, _) => change,
         };
         let mut state = self.disk.lock();
+        let left = state.left().pages;
         let file = state.files.get_mut(&self.file).unwrap();
-        apply(&mut file.live, &change);
-        file.unsynced.push(change);
+        let end = match &change {
+            Change::Write(offset, data) => (*offset + data.len() as u64).max(file.len()),
+            Change::Len(len) => *len,
+        };
+        let room = file.pages().saturating_add(left).saturating_mul(PAGE);
+        let is_full = end > room;
+        let change = match change {
+            // A short write.
+            Change::Write(offset, mut data) if is_full => {
+                data.truncate(room.saturating_sub(offset) as usize);
+                Change::Write(offset, data)
+            }
+            Change::Len(_) if is_full => return Err(io::ErrorKind::StorageFull.into()),
+            change => change,
+        };
+        if !matches!(&change, Change::Write(_, data) if data.is_empty()) {
+            file.change(change);
+        }
+        if is_full {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         match verdict {
             Verdict::Go => Ok(()),
             Verdict::Fail(kind) | Verdict::Refuse(kind) => Err(injected(kind)),
@@ -977,12 +1157,13 @@ impl DiskFile for SimFile {
             return Err(injected(kind));
         }
         unsynced.iter().for_each(|change| apply(&mut file.durable, change));
+        file.durable_zeros = file.zeros;
         if verdict == Verdict::DoneAndFail { Err(injected(io::ErrorKind::Other)) } else { Ok(()) }
     }
 
     fn len(&self) -> io::Result<u64> {
         self.disk.enter(Op::Len, &self.path())?;
-        Ok(self.disk.lock().files[&self.file].live.len() as u64)
+        Ok(self.disk.lock().files[&self.file].len())
     }
 
     fn stat(&self) -> io::Result<FileStat> {

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use envelog::{
     AppendOptions, Background, Compression, Durability, EncryptConf, EncryptType, Error, ErrorKind,
     Logstore, LogstoreSpec, Payload, Record, ShardChoice, Store, StoreBuilder, StoreOptions,
-    admin::{Anchor, AnchorPlace, ReplaceCmk, VerifyOptions},
+    admin::{Anchor, AnchorPlace, RepairOptions, ReplaceCmk, VerifyOptions},
     error::ConfigError,
     ids::StoreId,
     inspect::{BlockKind, SegmentHeader},
@@ -75,6 +75,12 @@ pub(crate) enum Step {
     Fail(u64, Fault, bool),
     /// Ends all faults, and restarts everything that has stopped.
     Heal,
+    /// Leaves this many pages and inodes free on the disk from now on.
+    Fill(u64, u64),
+    /// Frees space on the full disk, in one of four ways. No operation that does so may fail.
+    Free(u64),
+    /// Makes the disk larger. Everything that has stopped continues by itself.
+    Grow,
     Shut,
     /// Closes the store and opens it again.
     Close,
@@ -431,6 +437,16 @@ impl Life {
         Ok(())
     }
 
+    /// Handles a failed operation on a Logstore: if a writer has stopped, the failure is reported
+    /// once, and the buffered records are lost.
+    fn stopped(&self, n: usize, what: &str, error: &Error) -> Outcome {
+        self.excused(what, error)?;
+        let mut shelves = self.shelves();
+        let shards = &mut shelves.get_mut(NAMES[n]).unwrap().shards;
+        shards.iter_mut().for_each(|shard| shard.give_up_buffered());
+        Ok(())
+    }
+
     /// Marks everything acknowledged in a Logstore as durable.
     fn durable(&self, n: usize) {
         for shard in &mut self.shelves().get_mut(NAMES[n]).unwrap().shards {
@@ -632,7 +648,7 @@ impl Life {
                 let Some(logstore) = self.handle(n)? else { return Ok(()) };
                 match logstore.sync() {
                     Ok(()) => self.durable(n),
-                    Err(error) => self.excused("to sync", &error)?,
+                    Err(error) => self.stopped(n, "to sync", &error)?,
                 }
             }
             Step::Roll(n) => {
@@ -640,7 +656,7 @@ impl Life {
                 match logstore.roll() {
                     Ok(()) if !self.trouble.disk && !self.trouble.left_open => self.durable(n),
                     Ok(()) => {}
-                    Err(error) => self.excused("to roll", &error)?,
+                    Err(error) => self.stopped(n, "to roll", &error)?,
                 }
             }
             Step::RotateDataKey(n) | Step::Rewrap(n)
@@ -715,7 +731,8 @@ impl Life {
                 {
                     (0..NAMES.len()).for_each(|n| self.durable(n))
                 }
-                Some(Err(error)) => self.excused("to take a checkpoint", &error)?,
+                Some(Err(error)) => (0..NAMES.len())
+                    .try_for_each(|n| self.stopped(n, "to take a checkpoint", &error))?,
                 _ => {}
             },
             Step::Pass(ms) => {
@@ -751,6 +768,12 @@ impl Life {
                 drop(self.disk.fail_with(nth, fault, lasting));
             }
             Step::Heal => self.heal()?,
+            Step::Fill(pages, inodes) => {
+                self.trouble.disk = true;
+                self.disk.leave_free(pages, inodes);
+            }
+            Step::Free(how) => self.free(how)?,
+            Step::Grow => self.grow()?,
             Step::Shut => self.shut()?,
             Step::Close => {
                 self.shut()?;
@@ -934,7 +957,10 @@ impl Life {
                 let status = logstore
                     .status()
                     .map_err(|error| format!("{} has no status: {error}", text))?;
-                if status.latched.is_some() {
+                // A shard that a full disk has stopped may write again. The next call reports that.
+                let stopped =
+                    self.trouble.disk && matches!(logstore.sync(), Err(Error::Latched { .. }));
+                if status.latched.is_some() || stopped {
                     self.shelves()
                         .get_mut(text)
                         .unwrap()
@@ -949,6 +975,90 @@ impl Life {
                 self.append_one(n, shard, &logstore)?;
                 let found = records(&logstore, shard as u32)
                     .map_err(|error| format!("{}: {error}", text))?;
+                self.settle(n, shard, &found, Durability::Written, Durability::Written)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Frees space on a full disk by the commands of the store: in the process that filled it, after
+    /// a close, after a kill, or after a repair. Deletes a Logstore in the end.
+    fn free(&mut self, how: u64) -> Outcome {
+        let must = |what: &str, error: Error| format!("on a full disk, cannot {what}: {error}");
+        // A killed process does nothing more before the next one has opened the store.
+        let mut killed = None;
+        match how % 4 {
+            1 => self.shut()?,
+            2 => {
+                self.end();
+                self.disk = self.disk.fork();
+                killed = self.store.take();
+            }
+            _ => {}
+        }
+        if self.store.is_none() {
+            let opened = self.builder().open().map_err(|error| must("open", error))?;
+            self.store = Some(opened);
+            self.trouble.left_open = true;
+        }
+        drop(killed);
+        let store = self.store.clone().unwrap();
+        store.admin().apply_retention().map_err(|error| must("apply retention", error))?;
+        for n in (0..NAMES.len()).cycle().skip(how as usize % NAMES.len()).take(NAMES.len()) {
+            let Some(logstore) = self.handle(n)? else { continue };
+            if how % 4 == 3 {
+                for shard in 0..shards(n) {
+                    let options = RepairOptions::default();
+                    let repaired = store.admin().repair(logstore.name(), shard as u32, &options);
+                    repaired.map_err(|error| must("repair", error))?;
+                }
+            }
+            let status = logstore.status().map_err(|error| must("get the status", error))?;
+            let old = status
+                .data_keys
+                .iter()
+                .filter(|key| key.version > 0 && !key.current && !key.shredded);
+            let old: Vec<u32> = old.map(|key| key.version).collect();
+            if !old.is_empty() {
+                store
+                    .keys()
+                    .shred_data_keys(logstore.name(), &old)
+                    .map_err(|error| must("shred", error))?;
+            }
+            store.delete_logstore(logstore.name()).map_err(|error| must("delete", error))?;
+            self.shelves().get_mut(NAMES[n]).unwrap().may_be = [false, true];
+            break;
+        }
+        Ok(())
+    }
+
+    /// There is room again: the shards that have stopped, and the reserve, come back by themselves.
+    fn grow(&mut self) -> Outcome {
+        self.disk.grow();
+        // Longer than the longest time between two attempts.
+        for _ in 0..2 {
+            self.clock.advance(secs(70));
+            self.tick();
+        }
+        let Some(store) = self.store.clone() else { return Ok(()) };
+        let reserve = store.admin().reserve_status();
+        ensure!(!reserve.is_short(), "the reserve is short: {reserve:?}");
+        for (n, text) in NAMES.into_iter().enumerate() {
+            let Some(logstore) = self.handle(n)? else { continue };
+            let status = logstore.status().map_err(|error| format!("{text}: {error}"))?;
+            ensure!(status.latched.is_none(), "{text} does not continue: {:?}", status.latched);
+            // A failure of a background write shows now, once.
+            if logstore.sync().is_err() {
+                let mut shelves = self.shelves();
+                let shards = &mut shelves.get_mut(text).unwrap().shards;
+                shards.iter_mut().for_each(|shard| shard.give_up_buffered());
+            }
+            logstore.sync().map_err(|error| format!("{text} cannot be synced: {error}"))?;
+            self.durable(n);
+            for shard in 0..shards(n) {
+                self.append_one(n, shard, &logstore)?;
+                let found =
+                    records(&logstore, shard as u32).map_err(|error| format!("{text}: {error}"))?;
                 self.settle(n, shard, &found, Durability::Written, Durability::Written)?;
             }
         }

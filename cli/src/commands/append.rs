@@ -203,10 +203,13 @@ struct Pending {
 }
 
 /// Waits for the groups in order, and prints an acknowledgement for each if `ack` is set.
+///
+/// # Errors
+/// The failure of a group, with the groups that were acknowledged before it.
 fn settle(pending: &Receiver<Pending>, ack: bool) -> Result<Summary> {
     let mut summary = Summary::default();
     for Pending { ticket, logs, bytes, last_line } in pending {
-        let appended = ticket.wait()?;
+        let appended = ticket.wait().map_err(|error| summary.acknowledged(Failure::from(error)))?;
         summary.groups += 1;
         summary.logs += logs;
         summary.bytes += bytes;
@@ -240,6 +243,20 @@ struct Summary {
 }
 
 impl Summary {
+    /// Adds the acknowledged groups to a failure, so that a caller can continue behind them.
+    fn acknowledged(&self, failure: Failure) -> Failure {
+        if self.groups == 0 {
+            return failure;
+        }
+        let shards: Vec<_> = self
+            .shards
+            .iter()
+            .map(|(shard, (first, last))| format!("shard {shard}: sequence {first} to {last}"))
+            .collect();
+        let (logs, shards) = (output::count(self.logs), shards.join(", "));
+        failure.adding(&format!("{logs} logs were acknowledged before that ({shards})"))
+    }
+
     /// Prints to standard output, or to standard error if acknowledgements use standard output.
     fn print(&self, json: bool, ack: bool) -> Result {
         let text = if json {

@@ -58,6 +58,7 @@ fn print(
             "logstores": all,
             "anchor": store.admin().anchor_status(),
             "retention": store.admin().retention_status(),
+            "reserve": store.admin().reserve_status(),
             "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
             // The KMS calls include those made above for the states.
             "kms": store.metrics().kms,
@@ -131,8 +132,8 @@ fn data_key(version: &DataKeyStatus) -> String {
     format!("v{}: {}{by}{mark}", version.version, output::size(version.bytes_stored))
 }
 
-/// Prints the lines below the table: the service key, the anchor, a suspended retention, and the
-/// shards that stopped writing.
+/// Prints the lines below the table: the service key, the anchor, a suspended retention, an
+/// incomplete reserve, and the shards that stopped writing.
 fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
     if let Some(cmk) = store.keys().service_cmk() {
         let status = store.keys().service_key_status();
@@ -153,6 +154,16 @@ fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
     }
     if store.admin().retention_status().suspended {
         output::line(SUSPENDED)?;
+    }
+    let reserve = store.admin().reserve_status();
+    if reserve.is_short() {
+        output::line(format_args!(
+            "the reserve for a full disk is incomplete ({} of {}, {} of {} inodes): a command that writes the store completes it once the disk has room",
+            output::size(reserve.bytes),
+            output::size(reserve.wanted_bytes),
+            reserve.inodes,
+            reserve.wanted_inodes,
+        ))?;
     }
     for status in all {
         if let Some(cause) = &status.latched {

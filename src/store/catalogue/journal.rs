@@ -7,7 +7,10 @@ use std::{
 };
 
 use super::{
-    super::anchor::{AnchorPlace, Feeder, Mirror},
+    super::{
+        anchor::{AnchorPlace, Feeder, Mirror},
+        reserve::Borrowing,
+    },
     Catalogue, Change,
     file::{self, CHANGES_MAX, Place, Tip},
 };
@@ -55,6 +58,8 @@ struct Queue {
     /// Their result.
     outcome: Arc<OnceLock<Result<()>>>,
     leading: bool,
+    /// Whether the reserve may be used for them.
+    borrowing: bool,
 }
 
 /// The files that this writer has begun.
@@ -220,6 +225,7 @@ impl Journal {
     pub(crate) fn commit(&self, changes: Vec<Change>) -> Result<()> {
         let mut queue = lock(&self.queue);
         queue.waiting.extend(changes);
+        queue.borrowing |= Borrowing::is_under_way();
         let outcome = Arc::clone(&queue.outcome);
         loop {
             if let Some(outcome) = outcome.get() {
@@ -231,9 +237,11 @@ impl Journal {
             }
             queue.leading = true;
             let batch = std::mem::take(&mut queue.waiting);
+            let borrowing = std::mem::take(&mut queue.borrowing).then(Borrowing::begin);
             queue.outcome = Arc::default();
             drop(queue);
             let written = self.write(&batch);
+            drop(borrowing);
             if written.is_ok() {
                 self.feed_anchor();
             }

@@ -219,6 +219,7 @@ impl<'a> Administration<'a> {
         };
         let byok = data_key.filter(|_| meta.keys.as_ref().is_some_and(|keys| keys.cmk.is_some()));
         meta.save(&*env.disk, &logstore.dir, env.id, logstore.id, &keys.keyring(), byok)?;
+        env.reserve.note_document(&meta.reference().path(&logstore.dir));
         Ok(SavedMeta { logstore: Arc::clone(logstore), meta, gate_keys })
     }
 }

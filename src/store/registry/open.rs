@@ -33,6 +33,7 @@ impl Registry {
         let (disk, dir) = (&*self.env.disk, self.env.logstore_dir(entry.id));
         let path = entry.meta().path(&dir);
         meta.features.check_writing().map_err(|error| error.in_file(&path, 0))?;
+        self.env.reserve.note_document(&path);
         if let Err(error) = io::mend(disk, &path, &bytes) {
             warn!(logstore = %name, %error, "second copy of the metadata not written");
         }
@@ -138,6 +139,7 @@ impl Registry {
             segment_bytes: options.segment_bytes,
             segment_age: options.segment_age,
             threads: self.env.has_threads(),
+            reopen_full_shards: options.reopen_full_shards,
         }
     }
 }
