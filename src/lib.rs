@@ -85,7 +85,7 @@ pub use segment::{BlockKind, Compression};
 #[cfg(feature = "stream")]
 pub use shard::FollowStream;
 pub use shard::{
-    AppendFuture, Appended, Durability, Follow, LostRange, MergedReader, Payload, Position,
+    AppendFuture, Appended, Durability, Follow, LostRange, MergedPosition, MergedReader, Payload, Position,
     ReadMode, ReadOptions, Reader, Record, RecordBlock, Ticket, WaitFor,
 };
 /// The crates whose types are in the signatures of this one: [`bytes::Bytes`] in [`Record`], and
