@@ -969,7 +969,8 @@ mod tests {
     #[test]
     fn an_error_serializes_to_its_code_its_kind_and_its_sentence() {
         let full = Error::Full { pending: 7 };
-        let json = serde_json::json!({ "code": "full", "kind": "busy", "message": full.to_string() });
+        let json =
+            serde_json::json!({ "code": "full", "kind": "busy", "message": full.to_string() });
         assert_eq!(serde_json::to_value(&full).unwrap(), json);
         let kinds = [
             ErrorKind::Invalid,

@@ -677,8 +677,11 @@ fn a_merged_read_gives_all_shards_in_the_order_of_time() {
     let end = reader.position();
     world.clock.advance(millis(1));
     logstore.append(record("later"), &written()).unwrap();
-    let later: Vec<_> =
-        logstore.read_merged_from(&end, &ReadOptions::default()).unwrap().map(Result::unwrap).collect();
+    let later: Vec<_> = logstore
+        .read_merged_from(&end, &ReadOptions::default())
+        .unwrap()
+        .map(Result::unwrap)
+        .collect();
     assert_eq!(later.len(), 1);
     assert_eq!(&later[0].1.bytes[..], b"later");
 

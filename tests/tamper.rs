@@ -180,7 +180,7 @@ impl Fixture {
             .unwrap()
             .faults
             .iter()
-            .map(|fault| fault.kind)
+            .map(|fault| fault.code)
             .collect()
     }
 
@@ -215,7 +215,7 @@ impl Fixture {
                 VerifyOptions::default().logstore(only.cloned()).keyless(keyless).against(None);
             let report = store.admin().verify(&options, &mut |_| {}).unwrap();
             assert!(report.refused.is_empty(), "{:?}", report.refused);
-            let kinds = report.faults.iter().map(|fault| fault.kind).collect();
+            let kinds = report.faults.iter().map(|fault| fault.code).collect();
             if keyless { verdict.keyless = kinds } else { verdict.verified = kinds }
         }
         verdict

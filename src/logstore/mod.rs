@@ -25,9 +25,9 @@ use crate::{
     metrics::LogstoreMetrics,
     segment::{BLOCK_OVERHEAD_BYTES, DecodedHeader, Footer, KeySource},
     shard::{
-        AcceptedLoss, AppendFuture, Appended, CurrentPlan, Durability, End, Follow, MergedPosition, MergedReader,
-        Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardLoss, ShardRecord,
-        Ticket, WaitFor, WritePlan,
+        AcceptedLoss, AppendFuture, Appended, CurrentPlan, Durability, End, Follow, MergedPosition,
+        MergedReader, Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardLoss,
+        ShardRecord, Ticket, WaitFor, WritePlan,
     },
     sync::{
         LockRank, Mutex, MutexGuard,

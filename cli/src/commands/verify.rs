@@ -9,7 +9,7 @@ use envelog::{
         VerifyReport,
     },
 };
-use serde_json::json;
+use serde::Serialize;
 
 use super::{confirm, logstore};
 use crate::{
@@ -20,6 +20,12 @@ use crate::{
     output::{self, Progress},
     setup::{Setup, name},
 };
+
+/// The answer of `checkpoint`.
+#[derive(Serialize)]
+struct Written {
+    checkpoint: String,
+}
 
 pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     let against = match &args.against {
@@ -73,15 +79,11 @@ fn verdict(report: &VerifyReport) -> Result {
             let more = others(report.faults.len(), "fault");
             let advice =
                 "restore it from a backup, or accept the loss: see `envelog repair --help`";
-            Err(Failure::new(status, first.kind, format!("{}{more}; {advice}", first.message)))
+            Err(Failure::new(status, first.code, format!("{}{more}; {advice}", first.message)))
         }
         (_, _, Some((_, error))) => {
             let more = others(report.refused.len(), "Logstore");
-            Err(Failure::new(
-                status,
-                error.code(),
-                format!("{error}{more}; without keys, --keyless verifies"),
-            ))
+            Err(Failure::of(error, format!("{error}{more}; without keys, --keyless verifies")))
         }
         (status, ..) => Err(Failure::new(status, "failed", "the verification failed")),
     }
@@ -106,7 +108,7 @@ pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
     setup.close(store)?;
     write_new(&args.out, checkpoint.to_bytes())?;
     if setup.json {
-        return output::json(&json!({ "checkpoint": output::path(&args.out) }));
+        return output::json(&Written { checkpoint: output::path(&args.out) });
     }
     output::line(format_args!("wrote {}: keep it away from the store", args.out.display()))
 }
