@@ -25,6 +25,8 @@ use crate::exit::{Failure, Result};
 
 /// Work that finishes sooner shows no progress.
 const PROGRESS_AFTER: Duration = Duration::from_secs(1);
+/// The columns of a terminal that does not know its width.
+const WIDTH_UNKNOWN: u16 = 80;
 /// How often the bar is redrawn, also without progress.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
@@ -203,13 +205,17 @@ pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
     table
         .load_style(presets::UTF8_FULL_CONDENSED)
         .set_content_arrangement(ContentArrangement::Dynamic);
+    let width = match table.width() {
+        // The terminal does not know its width.
+        Some(0) => Some(WIDTH_UNKNOWN),
+        width => width,
+    };
     if std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty()) {
         // This also forgets the width of the terminal.
-        let width = table.width();
         table.force_no_tty();
-        if let Some(width) = width {
-            table.set_width(width);
-        }
+    }
+    if let Some(width) = width {
+        table.set_width(width);
     }
     if !header.is_empty() {
         table.set_header(header.iter().map(Cell::new));

@@ -92,7 +92,9 @@ pub(crate) fn run(setup: &Setup) -> Result {
             findings.push(Finding::fine("store", setup.store.display().to_string()));
             findings.extend(of_store(setup, &store));
         }
-        // The same error may be about the keyring, the anchor, or the KMS of the service key.
+        // The finding about the settings has it.
+        Err(Error::InvalidArgument(_)) => {}
+        // The error may be about the keyring, the anchor, or the KMS of the service key.
         Err(error) => findings.push(Finding::error("store", &error)),
     }
     findings.extend(directories(setup));
