@@ -476,7 +476,8 @@ pub(crate) fn text_of(value: &Value) -> String {
 /// Whether errors of these arguments are to be printed as JSON.
 pub(crate) fn asks_for_json(args: &[OsString]) -> bool {
     let in_variable = || env::var(variable("json")).is_ok_and(|on| switch(&on) == Ok(true));
-    args.iter().any(|arg| arg == "--json" || arg == "--json=true") || in_variable()
+    let mut options = args.iter().take_while(|arg| *arg != "--");
+    options.any(|arg| arg == "--json" || arg == "--json=true") || in_variable()
 }
 
 /// The first paragraph of a message of clap, in one line. The usage and the hint after it are left

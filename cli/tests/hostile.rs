@@ -145,7 +145,7 @@ fn no_name_and_no_log_commands_the_terminal() {
         (vec!["keys", "rotate-service"], 0, true),
         (vec!["status"], 0, false),
         (vec!["-v", "verify"], 0, true),
-        (vec!["create", "p/b", "--encrypt-conf", &*conf], 6, false),
+        (vec!["create", "p/b", "--encrypt-conf", &*conf], 3, false),
         (vec!["get", EVIL], 6, false),
         (vec!["append", "p/a", &*missing], 1, true),
         (vec!["inspect", &*missing], 1, true),

@@ -379,7 +379,7 @@ impl RevokedReason {
             Self::Disabled => "enable the key again in the KMS",
             Self::PendingDeletion => "cancel the deletion of the key in the KMS",
             Self::Deleted => "restore the key, if its KMS still can",
-            Self::NotPermitted => "grant the role the use of the key again in the KMS",
+            Self::NotPermitted => "grant the role the use of the key in the KMS",
         }
     }
 }
