@@ -84,12 +84,12 @@ impl fmt::Display for Location {
 ///
 /// | kind | the caller's next step | who acts | errors |
 /// |---|---|---|---|
-/// | [`Invalid`](Self::Invalid) | correct the call; never repeat it unchanged | the developer | [`Config`](Error::Config), [`InvalidGroup`](Error::InvalidGroup), [`InvalidArgument`](Error::InvalidArgument), [`TooLarge`](Error::TooLarge), [`KmsUrl`](Error::KmsUrl), [`InvalidId`](Error::InvalidId), [`UnexpectedCmk`](Error::UnexpectedCmk), [`ReadOnly`](Error::ReadOnly), [`ShardReadOnly`](Error::ShardReadOnly) |
+/// | [`Invalid`](Self::Invalid) | correct the call; never repeat it unchanged | the developer | [`Config`](Error::Config) otherwise, [`InvalidGroup`](Error::InvalidGroup), [`InvalidArgument`](Error::InvalidArgument), [`TooLarge`](Error::TooLarge), [`KmsUrl`](Error::KmsUrl), [`InvalidId`](Error::InvalidId), [`UnexpectedCmk`](Error::UnexpectedCmk), [`ReadOnly`](Error::ReadOnly), [`ShardReadOnly`](Error::ShardReadOnly) |
 /// | [`NotFound`](Self::NotFound) | use another name, or create it | the developer | [`StoreMissing`](Error::StoreMissing), [`NotAStore`](Error::NotAStore), [`LogstoreMissing`](Error::LogstoreMissing), [`ShardMissing`](Error::ShardMissing), [`Shredded`](Error::Shredded) |
 /// | [`Exists`](Self::Exists) | use the existing one, or another name | the developer | [`StoreExists`](Error::StoreExists), [`LogstoreExists`](Error::LogstoreExists), [`KeyringExists`](Error::KeyringExists) |
 /// | [`Busy`](Self::Busy) | repeat the call soon, with a growing delay | - | [`Full`](Error::Full), [`TooManyReaders`](Error::TooManyReaders) |
 /// | [`NoRoom`](Self::NoRoom) | repeat the call after an operator has made room | the operator | [`TooMany`](Error::TooMany), [`Io`](Error::Io) of a full disk, an exhausted quota, or a file at its largest size (ENOSPC, EDQUOT, EFBIG) |
-/// | [`Revoked`](Self::Revoked) | stop until the customer allows the key again | the owner of the key | [`Revoked`](Error::Revoked), [`ServiceKey`](Error::ServiceKey) with a refusal |
+/// | [`Revoked`](Self::Revoked) | stop until the customer allows the key again | the owner of the key | [`Revoked`](Error::Revoked), [`ServiceKey`](Error::ServiceKey) with a refusal, [`Config`](Error::Config) with [`CmkRefused`](ConfigError::CmkRefused) |
 /// | [`KmsUnreachable`](Self::KmsUnreachable) | repeat the call later | the operator of the KMS | [`KmsUnreachable`](Error::KmsUnreachable), [`KmsInvalid`](Error::KmsInvalid), [`ServiceKey`](Error::ServiceKey) otherwise |
 /// | [`Integrity`](Self::Integrity) | stop; find the cause; restore a backup | the operator | [`WrongKey`](Error::WrongKey), [`Tampered`](Error::Tampered), [`Corrupt`](Error::Corrupt), [`Truncated`](Error::Truncated), [`RolledBack`](Error::RolledBack), [`RetiredKeyVersion`](Error::RetiredKeyVersion), [`WrongFileType`](Error::WrongFileType) |
 /// | [`Unavailable`](Self::Unavailable) | repeat the call after an operator has corrected the environment that the message names | the operator | [`Locked`](Error::Locked), [`Fenced`](Error::Fenced), [`Anchor`](Error::Anchor), [`AnchorBehind`](Error::AnchorBehind), [`NewerFormat`](Error::NewerFormat), [`OlderFormat`](Error::OlderFormat), [`UnsupportedFeature`](Error::UnsupportedFeature), [`KeyringMissing`](Error::KeyringMissing), [`KeyringForeign`](Error::KeyringForeign), [`KeyringUnsafe`](Error::KeyringUnsafe), [`KeyringTooOld`](Error::KeyringTooOld), [`NetworkFileSystem`](Error::NetworkFileSystem) |
@@ -100,7 +100,29 @@ impl fmt::Display for Location {
 /// [`Latched`](Error::Latched), [`Lost`](Error::Lost), [`GroupsLost`](Error::GroupsLost) and
 /// [`KeyringNotRead`](Error::KeyringNotRead) have the kind of their cause. `LocalKms`, an error of
 /// the administration of an embedded KMS, has the kind that its cause has in this table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+///
+/// A kind is a class of reactions. [`Error::code`] names the variant: many codes have one kind. The
+/// JSON of an error has both.
+///
+/// A service answers a request over HTTP like this. The last column is the header `Retry-After`:
+///
+/// | kind | status | retry |
+/// |---|---|---|
+/// | `Invalid` | 400 Bad Request | never |
+/// | `NotFound` | 404 Not Found | never |
+/// | `Exists` | 409 Conflict | never |
+/// | `Busy` | 429 Too Many Requests | 1 s, doubled at each attempt |
+/// | `NoRoom` | 507 Insufficient Storage | minutes: an operator has to act |
+/// | `Revoked` | 403 Forbidden | never: the owner of the key has to act |
+/// | `KmsUnreachable` | 503 Service Unavailable | 5 s |
+/// | `Unavailable`, `Closed` | 503 Service Unavailable | 30 s; alert an operator |
+/// | `Integrity`, `Io`, `Bug` | 500 Internal Server Error | never; alert an operator |
+///
+/// `Busy` is the back-pressure of the engine. Answer it with a status that slows the client down, as
+/// here, or wait for room with [`Logstore::append_async`](crate::Logstore::append_async) or
+/// [`Logstore::submit`](crate::Logstore::submit). `docs/blocking.md` has a recipe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// The call or the configuration is not allowed. Correct it.
@@ -127,6 +149,33 @@ pub enum ErrorKind {
     Closed,
     /// A library failed where it cannot fail. Report it.
     Bug,
+}
+
+impl ErrorKind {
+    /// The kind as a word for programs, such as `kms_unreachable`: the field `kind` of the JSON of
+    /// an error.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Invalid => "invalid",
+            Self::NotFound => "not_found",
+            Self::Exists => "exists",
+            Self::Busy => "busy",
+            Self::NoRoom => "no_room",
+            Self::Revoked => "revoked",
+            Self::KmsUnreachable => "kms_unreachable",
+            Self::Integrity => "integrity",
+            Self::Unavailable => "unavailable",
+            Self::Io => "io",
+            Self::Closed => "closed",
+            Self::Bug => "bug",
+        }
+    }
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// The reason why a service keyring is refused. The message says how to correct it.
@@ -184,7 +233,7 @@ impl fmt::Display for KeyringRisk {
 pub enum Error {
     /// The KMS refuses the customer master key, so every read and write of the Logstore is refused.
     #[error(
-        "access to Logstore {logstore} is refused: its master key {cmk} is {reason}; enable the key or its grant again in the KMS"
+        "access to Logstore {logstore} is refused: its master key {cmk} is {reason}; {}", reason.remedy()
     )]
     Revoked {
         /// The Logstore.
@@ -694,12 +743,12 @@ impl From<std::convert::Infallible> for Error {
 }
 
 impl Error {
-    /// The reaction to the error.
+    /// The reaction to the error: the class of its variant. [`Error::code`] names the variant.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Revoked { .. } | Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => {
-                ErrorKind::Revoked
-            }
+            Error::Revoked { .. }
+            | Error::ServiceKey { cause: KmsError::Revoked { .. }, .. }
+            | Error::Config(ConfigError::CmkRefused { .. }) => ErrorKind::Revoked,
             Error::ServiceKey { .. } | Error::KmsUnreachable { .. } | Error::KmsInvalid { .. } => {
                 ErrorKind::KmsUnreachable
             }
@@ -755,7 +804,7 @@ impl Error {
 
     /// A short stable word for the variant, for programs: `revoked`, `kms_unreachable`, `tampered`,
     /// … [`Error::Lost`] has the word of its cause, and so has [`Error::Latched`] of the kind
-    /// [`ErrorKind::NoRoom`].
+    /// [`ErrorKind::NoRoom`]. It says what happened; [`Error::kind`] says what to do about it.
     pub fn code(&self) -> &'static str {
         match self {
             Error::Revoked { .. } => "revoked",
@@ -887,11 +936,13 @@ impl Error {
     }
 }
 
-/// The error as `kind`, its [code](Error::code), and `message`, its sentence.
+/// The error as `code`, its [code](Error::code), `kind`, the name of its [kind](Error::kind), and
+/// `message`, its sentence.
 impl Serialize for Error {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let mut fields = serializer.serialize_struct("Error", 2)?;
-        fields.serialize_field("kind", self.code())?;
+        let mut fields = serializer.serialize_struct("Error", 3)?;
+        fields.serialize_field("code", self.code())?;
+        fields.serialize_field("kind", &self.kind())?;
         fields.serialize_field("message", &format_args!("{self}"))?;
         fields.end()
     }
@@ -967,6 +1018,54 @@ mod tests {
         // The limit of the engine is no limit of the system.
         let damaged = Error::io("read", "f")(io::ErrorKind::FileTooLarge.into());
         assert_eq!(damaged.kind(), ErrorKind::Integrity);
+    }
+
+    #[test]
+    fn an_error_serializes_to_its_code_its_kind_and_its_sentence() {
+        let full = Error::Full { pending: 7 };
+        let json =
+            serde_json::json!({ "code": "full", "kind": "busy", "message": full.to_string() });
+        assert_eq!(serde_json::to_value(&full).unwrap(), json);
+        let kinds = [
+            ErrorKind::Invalid,
+            ErrorKind::NotFound,
+            ErrorKind::Exists,
+            ErrorKind::Busy,
+            ErrorKind::NoRoom,
+            ErrorKind::Revoked,
+            ErrorKind::KmsUnreachable,
+            ErrorKind::Integrity,
+            ErrorKind::Unavailable,
+            ErrorKind::Io,
+            ErrorKind::Closed,
+            ErrorKind::Bug,
+        ];
+        for kind in kinds {
+            assert_eq!(serde_json::to_value(kind).unwrap(), kind.name());
+        }
+    }
+
+    #[test]
+    fn a_refused_key_is_revoked_whichever_operation_meets_it() {
+        let reasons = [
+            (RevokedReason::Disabled, "enable the key"),
+            (RevokedReason::PendingDeletion, "cancel the deletion"),
+            (RevokedReason::Deleted, "restore the key"),
+            (RevokedReason::NotPermitted, "grant"),
+        ];
+        for (reason, remedy) in reasons {
+            let cmk = "key-1".to_owned();
+            let used =
+                Error::Revoked { logstore: "p/a".parse().unwrap(), cmk: cmk.clone(), reason };
+            let created =
+                Error::Config(ConfigError::CmkRefused { cmk, reason, detail: "no".to_owned() });
+            for error in [used, created] {
+                assert_eq!(error.kind(), ErrorKind::Revoked);
+                let said = error.to_string();
+                assert!(said.contains(remedy) && said.contains(&reason.to_string()), "{said}");
+                assert!(said.contains("enable") == (reason == RevokedReason::Disabled), "{said}");
+            }
+        }
     }
 
     #[test]

@@ -85,8 +85,8 @@ pub use segment::{BlockKind, Compression};
 #[cfg(feature = "stream")]
 pub use shard::FollowStream;
 pub use shard::{
-    AppendFuture, Appended, Durability, Follow, LostRange, MergedReader, Payload, Position,
-    ReadMode, ReadOptions, Reader, Record, RecordBlock, Ticket, WaitFor,
+    AppendFuture, Appended, Durability, Follow, LostRange, MergedPosition, MergedReader, Payload,
+    Position, ReadMode, ReadOptions, Reader, Record, RecordBlock, Ticket, WaitFor,
 };
 /// The crates whose types are in the signatures of this one: [`bytes::Bytes`] in [`Record`], and
 /// [`prost::Message`], which [`LogGroup`] implements.
@@ -104,10 +104,10 @@ pub mod admin {
         store::{
             Anchor, AnchorPlace, AnchorStatus, Checkpoint, CmkVersionUsage, DataKeyUsage,
             DeleteReport, DirAnchor, FailedRepair, KeyNeed, KeyUsage, MasterKeyUsage,
-            RecoverReport, Recoverable, ReplaceCmk, ReserveStatus, RetainOptions, RetentionReport,
-            RetentionStatus, RewrapOptions, RewrapProgress, RewrapReport, ServiceKeyUsage,
-            ServiceRotation, ShardRepair, StoreRepairReport, VerifyFault, VerifyOptions,
-            VerifyProgress, VerifyReport,
+            RecoverProgress, RecoverReport, Recoverable, ReplaceCmk, ReserveStatus, RetainOptions,
+            RetentionReport, RetentionStatus, RewrapOptions, RewrapProgress, RewrapReport,
+            ServiceKeyUsage, ServiceRotation, ShardRepair, StoreRepairReport, VerifyFault,
+            VerifyOptions, VerifyProgress, VerifyReport,
         },
     };
 }

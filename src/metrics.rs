@@ -21,6 +21,12 @@ use crate::{
 
 pub use crate::kms::meter::{KMS_LATENCY_BUCKETS_MS, KmsCalls, KmsMetrics};
 
+/// The media type of [`StoreMetrics::to_prometheus`], for the header `Content-Type` of the answer to
+/// a scrape.
+#[cfg(feature = "prometheus")]
+pub const PROMETHEUS_CONTENT_TYPE: &str =
+    "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
 /// The counters of one open store.
 #[derive(Default)]
 pub(crate) struct Counters {

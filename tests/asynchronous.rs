@@ -221,7 +221,7 @@ fn a_future_returns_the_errors_of_its_arguments() {
     let options = written().shard(envelog::ShardChoice::Shard(9));
     let append = logstore.append_async(record("x"), &options);
     assert!(matches!(block_on(append), Err(Error::ShardMissing { shard: 9, .. })));
-    let append = logstore.append_async(&LogGroup::default(), &written());
+    let append = logstore.append_async(LogGroup::default(), &written());
     assert!(matches!(block_on(append), Err(Error::InvalidGroup(_))));
 }
 

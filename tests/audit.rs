@@ -41,7 +41,7 @@ fn since(store: &Store, count: usize) -> Vec<AuditRecord> {
 /// The kinds of faults that a verification of the whole store finds.
 fn fault_kinds(store: &Store) -> Vec<&'static str> {
     let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
-    report.faults.iter().map(|fault| fault.kind).collect()
+    report.faults.iter().map(|fault| fault.code).collect()
 }
 
 // ---- the records ----
@@ -400,7 +400,7 @@ fn a_checkpoint_finds_an_older_log_and_catalogue() {
     assert!(fault_kinds(&store).is_empty());
     let options = VerifyOptions::default().against(checkpoint);
     let report = store.admin().verify(&options, &mut |_| {}).unwrap();
-    let kinds: Vec<_> = report.faults.iter().map(|fault| fault.kind).collect();
+    let kinds: Vec<_> = report.faults.iter().map(|fault| fault.code).collect();
     assert!(kinds.contains(&"truncated") && kinds.contains(&"rolled_back"), "{kinds:?}");
 }
 
@@ -679,7 +679,7 @@ fn missing_records_are_blamed_on_a_skipped_file() {
                 let store = world.open();
                 let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
                 let faults: Vec<_> =
-                    report.faults.iter().map(|it| (it.kind, it.file.as_ref().unwrap())).collect();
+                    report.faults.iter().map(|it| (it.code, it.file.as_ref().unwrap())).collect();
                 assert_eq!(faults, [("corrupt", path)], "{:?}", report.faults);
                 store.keys().rotate_data_key(&name("p/l")).unwrap();
                 store.close().unwrap();

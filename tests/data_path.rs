@@ -117,8 +117,8 @@ fn tickets_of_many_threads_become_one_block() {
     // Groups and opaque records never share a block, and a block has a maximum size.
     let tickets: Vec<Ticket> = vec![
         logstore.submit(record("opaque"), &synced()).unwrap(),
-        logstore.submit(&group("g", 2), &synced()).unwrap(),
-        logstore.submit(&group("h", 2), &synced()).unwrap(),
+        logstore.submit(group("g", 2), &synced()).unwrap(),
+        logstore.submit(group("h", 2), &synced()).unwrap(),
         logstore.submit(opaque(200 << 10), &synced()).unwrap(),
         logstore.submit(opaque(100 << 10), &synced()).unwrap(),
         logstore.submit(opaque(3 << 20), &synced()).unwrap(),

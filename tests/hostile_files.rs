@@ -339,7 +339,7 @@ fn verify(store: &Store) -> Result<()> {
     let options = VerifyOptions::default().logstore(name(VICTIM));
     let report = store.admin().verify(&options, &mut |_| {})?;
     match report.faults.first() {
-        Some(fault) if fault.kind == "wrong_file_type" => Err(Error::WrongFileType {
+        Some(fault) if fault.code == "wrong_file_type" => Err(Error::WrongFileType {
             path: fault.message.split(" is a ").next().unwrap().into(),
             expected: FileKind::File,
             found: FileKind::Unknown,

@@ -318,7 +318,7 @@ fn fakes_do_not_hide_damage() {
             }
             let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
             assert!(
-                report.faults.iter().any(|fault| fault.kind == "corrupt"),
+                report.faults.iter().any(|fault| fault.code == "corrupt"),
                 "{context}: {:?}",
                 report.faults
             );

@@ -316,7 +316,7 @@ impl Neighbours {
         let error = store.logstore(&name(text)).unwrap_err();
         assert!(expected(&error), "{error:?}");
         let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
-        assert!(report.faults.iter().any(|fault| fault.kind == error.code()), "{report:?}");
+        assert!(report.faults.iter().any(|fault| fault.code == error.code()), "{report:?}");
         drop(store);
         assert!(files(&self.world.store_dir().join("logstores")) == before, "a file was changed");
     }
@@ -718,7 +718,7 @@ fn a_touched_second_tag_is_refused_while_there_is_a_keyring() {
     for keyless in [false, true] {
         let options = VerifyOptions::default().keyless(keyless);
         let report = store.admin().verify(&options, &mut |_| {}).unwrap();
-        assert_eq!(report.faults.iter().map(|fault| fault.kind).collect::<Vec<_>>(), ["tampered"]);
+        assert_eq!(report.faults.iter().map(|fault| fault.code).collect::<Vec<_>>(), ["tampered"]);
     }
     store.close().unwrap();
     write_both(&meta, &good);

@@ -637,13 +637,66 @@ fn a_merged_read_gives_all_shards_in_the_order_of_time() {
     let by_seq = ReadOptions::default().from(Position::Seq(1));
     assert!(matches!(logstore.read_merged(&by_seq), Err(Error::InvalidArgument(_))));
 
-    // A refused key ends it, with the records that it has looked at.
+    // Pages, each continued from the position behind the one before, as text. Appends in between are
+    // read too.
+    for page in [1, 7, 59, 60] {
+        let options = ReadOptions::default().max_groups(page);
+        let mut cursor = None::<String>;
+        let (mut pages, mut count) = (0, 0);
+        loop {
+            let mut reader = match &cursor {
+                None => logstore.read_merged(&options).unwrap(),
+                Some(cursor) => {
+                    logstore.read_merged_from(&cursor.parse().unwrap(), &options).unwrap()
+                }
+            };
+            let got: Vec<_> = reader.by_ref().map(|item| item.unwrap()).collect();
+            cursor = Some(reader.position().to_string());
+            if got.is_empty() {
+                break;
+            }
+            for (shard, got) in got {
+                let text = String::from_utf8(got.bytes.to_vec()).unwrap();
+                assert_eq!((got.receive_time_us, shard, text), expected[count]);
+                count += 1;
+            }
+            pages += 1;
+        }
+        assert_eq!((count, pages), (60, 60_u64.div_ceil(page)));
+    }
+    // The time stays in the position, and so it does where no record was found yet.
+    for from_us in [from, world.clock.wall_us() + 1] {
+        let options = ReadOptions::default().from(Position::Time(from_us));
+        let start = logstore.read_merged(&options).unwrap().position();
+        let rest = logstore.read_merged_from(&start, &ReadOptions::default()).unwrap();
+        let wanted = expected.iter().filter(|(time, ..)| *time >= from_us).count();
+        assert_eq!(rest.count(), wanted);
+    }
+    let mut reader = logstore.read_merged(&ReadOptions::default()).unwrap();
+    assert_eq!(reader.by_ref().count(), 60);
+    let end = reader.position();
+    world.clock.advance(millis(1));
+    logstore.append(record("later"), &written()).unwrap();
+    let later: Vec<_> = logstore
+        .read_merged_from(&end, &ReadOptions::default())
+        .unwrap()
+        .map(Result::unwrap)
+        .collect();
+    assert_eq!(later.len(), 1);
+    assert_eq!(&later[0].1.bytes[..], b"later");
+
+    // A refused key ends it, with the records that it has looked at. Another reader continues.
     let mut reader = logstore.read_merged(&ReadOptions::default()).unwrap();
     assert!(reader.next().unwrap().is_ok());
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
     logstore.revalidate_now().unwrap_err();
     assert!(matches!(reader.next(), Some(Err(Error::Revoked { .. }))));
     assert!(reader.next().is_none());
+    let position = reader.position();
+    world.kms.answer(Answer::Real);
+    logstore.revalidate_now().unwrap();
+    let rest = logstore.read_merged_from(&position, &ReadOptions::default()).unwrap();
+    assert_eq!(rest.count(), 60);
 }
 
 // ---- a file that changes under a map ----

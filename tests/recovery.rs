@@ -556,7 +556,7 @@ fn damage_below_the_mark_is_corruption_until_it_is_repaired() {
         }
         assert_eq!(sim.disk.files(&sim.world.logstore_dir(&logstore)), before);
         let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
-        assert!(report.faults.iter().any(|fault| fault.kind == "corrupt"), "{:?}", report.faults);
+        assert!(report.faults.iter().any(|fault| fault.code == "corrupt"), "{:?}", report.faults);
         put(&other, "undisturbed");
 
         // Repair keeps the readable data and reports the discarded data, and the sequence numbers
@@ -1078,7 +1078,7 @@ fn zeros_hide_no_damage() {
         let options = VerifyOptions::default().keyless(keyless).logstore(name(text));
         let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
         assert_eq!(
-            faults.iter().map(|fault| fault.kind).collect::<Vec<_>>(),
+            faults.iter().map(|fault| fault.code).collect::<Vec<_>>(),
             ["corrupt"],
             "{text}: {faults:?}"
         );

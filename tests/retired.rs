@@ -92,7 +92,7 @@ fn assert_retired<T: std::fmt::Debug>(result: Result<T>, what: &str) {
 
 fn fault_kinds(store: &Store, options: &VerifyOptions) -> Vec<&'static str> {
     let report = store.admin().verify(options, &mut |_| {}).unwrap();
-    report.faults.iter().map(|fault| fault.kind).collect()
+    report.faults.iter().map(|fault| fault.code).collect()
 }
 
 #[track_caller]

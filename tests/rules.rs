@@ -864,7 +864,7 @@ fn check(row: &Row) {
             "{rule} (keyless: {without}): {faults:?}"
         );
         for fault in faults {
-            assert_eq!(fault.kind, code, "{rule}: {faults:?}");
+            assert_eq!(fault.code, code, "{rule}: {faults:?}");
             let placed = fault
                 .file
                 .as_ref()
@@ -914,7 +914,7 @@ fn the_longest_segment() {
     for keyless in [false, true] {
         let report = verify(&store, keyless);
         let found: Vec<_> =
-            report.faults.iter().map(|fault| (fault.kind, fault.file.clone())).collect();
+            report.faults.iter().map(|fault| (fault.code, fault.file.clone())).collect();
         assert_eq!(found, [("corrupt", Some(path.clone()))], "{report:?}");
     }
 }
@@ -943,7 +943,7 @@ fn a_payload_forged_under_its_tag_is_found() {
             let store = copy.builder().open_read_only().unwrap();
             let options = VerifyOptions::default().keyless(keyless).against(against);
             let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
-            faults.into_iter().map(|fault| (fault.kind, fault.message)).collect::<Vec<_>>()
+            faults.into_iter().map(|fault| (fault.code, fault.message)).collect::<Vec<_>>()
         };
         let says = |faults: &[(&str, String)], code, text: &str| {
             faults.iter().any(|(kind, message)| *kind == code && message.contains(text))
@@ -1091,7 +1091,7 @@ fn segments_that_a_holder_of_the_old_root_forges_are_refused() {
         for keyless in [false, true] {
             let faults = verify(&store, keyless).faults;
             assert!(
-                faults.iter().any(|fault| fault.kind == code),
+                faults.iter().any(|fault| fault.code == code),
                 "{what} (keyless: {keyless}): {faults:?}"
             );
         }

@@ -8,8 +8,8 @@ use std::{fs, path::PathBuf};
 
 use common::{catalogue::catalogue_file, *};
 use envelog::{
-    Cmk, Compression, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig,
-    LogstoreSpec, RotateDataKey, Store,
+    Cmk, Compression, EncryptConf, EncryptType, Error, ErrorKind, KeyState, Logstore,
+    LogstoreConfig, LogstoreSpec, RotateDataKey, Store,
     admin::{ReplaceCmk, RetainOptions, VerifyOptions},
     audit::AuditEvent,
     crypto::Suite,
@@ -1013,17 +1013,20 @@ fn s9_without_kms_or_permission_no_logstore_is_created() {
     assert!(error.to_string().contains("us-west-1"));
     let error = refused(Cmk { arn: "acs:ram::1:role/nobody".into(), ..cmk.clone() });
     assert!(
-        matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("not permitted"))
+        matches!(&error, Error::Config(ConfigError::CmkRefused { reason, .. }) if *reason == RevokedReason::NotPermitted)
     );
+    assert_eq!(error.kind(), ErrorKind::Revoked);
     let error = refused(Cmk { cmk_key_id: "key-0123456789abcdef".into(), ..cmk.clone() });
     assert!(
-        matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("deleted"))
+        matches!(&error, Error::Config(ConfigError::CmkRefused { reason, .. }) if *reason == RevokedReason::Deleted)
     );
+    assert_eq!(error.kind(), ErrorKind::Revoked);
     world.local().disable(&cmk.cmk_key_id).unwrap();
     let error = refused(cmk.clone());
     assert!(
-        matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("disabled"))
+        matches!(&error, Error::Config(ConfigError::CmkRefused { reason, .. }) if *reason == RevokedReason::Disabled)
     );
+    assert_eq!(error.kind(), ErrorKind::Revoked);
     world.local().enable(&cmk.cmk_key_id).unwrap();
     world.kms.answer(Answer::Unreachable);
     let error = refused(cmk.clone());

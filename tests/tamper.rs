@@ -180,7 +180,7 @@ impl Fixture {
             .unwrap()
             .faults
             .iter()
-            .map(|fault| fault.kind)
+            .map(|fault| fault.code)
             .collect()
     }
 
@@ -220,7 +220,7 @@ impl Fixture {
                 .faults
                 .iter()
                 .all(|fault| fault.file.as_ref().is_some_and(|file| file.starts_with(&probes)));
-            let kinds = report.faults.iter().map(|fault| fault.kind).collect();
+            let kinds = report.faults.iter().map(|fault| fault.code).collect();
             if keyless { verdict.keyless = kinds } else { verdict.verified = kinds }
         }
         verdict

@@ -166,7 +166,7 @@ fn metrics_are_text_for_prometheus() {
         "envelog_logstore_groups_total{logstore=\"p/byok\"} 2".to_owned(),
         "envelog_logstore_key_usable{logstore=\"p/byok\"} 0.0".to_owned(),
         "envelog_groups_lost_total 0".to_owned(),
-        format!("envelog_lease_usable{{cmk=\"{key}\",region=\"cn-hangzhou\",of=\"\"}} 0.0"),
+        format!("envelog_lease_usable{{cmk=\"{key}\",region=\"cn-hangzhou\",of=\"shared\"}} 0.0"),
     ] {
         assert!(text.lines().any(|found| found == line), "no line {line} in\n{text}");
     }

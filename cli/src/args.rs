@@ -1,6 +1,6 @@
 //! The command-line arguments and their help texts.
 
-use std::{path::PathBuf, time::Duration};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use envelog::{Durability, Position, ProbeMode, crypto::HashAlg, inspect::Compression};
@@ -148,6 +148,16 @@ Examples:
   envelog status
   envelog status shop/orders --json | jq '.logstores[].key.state'")]
     Status(OptionalNameArgs),
+    /// Look for everything about the store that needs an action, and say what to do
+    ///
+    /// Looks at the store, its keyring, the clock, the free space, the permissions, the KMSs, the anchor
+    /// and the backup. Changes nothing, and works beside a writer. Ends with status 1 if a finding needs
+    /// an action.
+    #[command(after_help = "\
+Examples:
+  envelog doctor
+  envelog doctor --json | jq '.findings[] | select(.action)'")]
+    Doctor,
     /// Check every block of the store, or of one Logstore
     #[command(after_help = "\
 Examples:
@@ -314,7 +324,7 @@ pub(crate) struct CreateArgs {
     pub(crate) payload_hash: HashArg,
     /// Encryption, as JSON, or @FILE, or - for standard input
     #[arg(long, value_name = "JSON")]
-    pub(crate) encrypt_conf: Option<String>,
+    pub(crate) encrypt_conf: Option<OsString>,
     /// Which envelope renews the lease of the master key: a probe that all Logstores under the key
     /// share, or the Logstore's own. Choose `own` if the key policy is narrowed to single Logstores
     #[arg(long, value_enum, default_value_t = ProbeArg::Shared)]
@@ -322,7 +332,7 @@ pub(crate) struct CreateArgs {
     /// Wrap the keyring of a new store under this master key: a user_cmk_info, as JSON, or @FILE,
     /// or - for standard input
     #[arg(long, value_name = "JSON")]
-    pub(crate) service_cmk: Option<String>,
+    pub(crate) service_cmk: Option<OsString>,
 }
 
 #[derive(Debug, Args)]
@@ -332,7 +342,7 @@ pub(crate) struct UpdateArgs {
     pub(crate) name: String,
     /// The configuration, as JSON, or @FILE, or - for standard input
     #[arg(long, value_name = "JSON")]
-    pub(crate) config: String,
+    pub(crate) config: OsString,
 }
 
 #[derive(Debug, Args)]
@@ -503,7 +513,7 @@ Example of the file:
         /// Wrap the new keyring under this master key: a user_cmk_info, as JSON, or @FILE, or - for
         /// standard input
         #[arg(long, value_name = "JSON")]
-        service_cmk: Option<String>,
+        service_cmk: Option<OsString>,
     },
     /// Wrap the service keyring under another master key, or under none
     #[command(after_help = "\
@@ -512,7 +522,7 @@ it, has the root keys. Make a new version with `keys rotate-service`, back the k
     RewrapKeyring {
         /// The master key: a user_cmk_info, as JSON, or @FILE, or - for standard input
         #[arg(long, value_name = "JSON", required_unless_present = "plain")]
-        service_cmk: Option<String>,
+        service_cmk: Option<OsString>,
         /// Store the root keys in the file unwrapped, under no master key
         #[arg(long, conflicts_with = "service_cmk")]
         plain: bool,
@@ -526,7 +536,7 @@ Anyone who held the old key and a copy of an old envelope can still read the old
         name: String,
         /// The encrypt_conf with the new user_cmk_info, as JSON, or @FILE, or - for standard input
         #[arg(long, value_name = "JSON")]
-        encrypt_conf: String,
+        encrypt_conf: OsString,
         /// Keep using the current data key instead of a new one
         #[arg(long)]
         keep_data_key: bool,

@@ -4,6 +4,7 @@ mod append;
 mod bench;
 mod completions;
 mod demo;
+mod doctor;
 mod inspect;
 mod keys;
 mod kms;
@@ -37,6 +38,7 @@ pub(crate) fn run(given: Given) -> Result {
         Command::Read(args) => read::read(&setup, &args),
         Command::Tail(args) => read::tail(&setup, &args),
         Command::Status(args) => status::run(&setup, &args),
+        Command::Doctor => doctor::run(&setup),
         Command::Verify(args) => verify::verify(&setup, &args),
         Command::Checkpoint(args) => verify::checkpoint(&setup, &args),
         Command::Inspect(args) => inspect::run(&setup, &args),

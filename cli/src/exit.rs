@@ -8,7 +8,8 @@ use std::{
 };
 
 use envelog::{Error, ErrorKind, LogstoreName, kms::LocalKmsError};
-use serde_json::{Value, json};
+use serde::{Serialize, Serializer, ser::SerializeStruct};
+use serde_json::json;
 
 use crate::output;
 
@@ -49,17 +50,39 @@ impl From<Status> for ExitCode {
     }
 }
 
-/// Why a command failed: an exit status, a code for programs, and a sentence for people.
+/// Why a command failed: an exit status, a code and a kind for programs, and a sentence for people.
 #[derive(Clone, Debug)]
 pub(crate) struct Failure {
     status: Status,
     code: &'static str,
+    /// The name of the [`ErrorKind`], or `failed` or `interrupted`.
+    kind: &'static str,
     message: String,
 }
 
 impl Failure {
+    /// A failure of the command line itself. Its kind follows from the status.
     pub(crate) fn new(status: Status, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into() }
+        let kind = match status {
+            Status::Done | Status::Other => "failed",
+            Status::Usage | Status::Refused => ErrorKind::Invalid.name(),
+            Status::Revoked => ErrorKind::Revoked.name(),
+            Status::KmsUnreachable => ErrorKind::KmsUnreachable.name(),
+            Status::Integrity => ErrorKind::Integrity.name(),
+            Status::Unavailable => ErrorKind::Unavailable.name(),
+            Status::Interrupted => "interrupted",
+        };
+        Self { status, code, kind, message: message.into() }
+    }
+
+    /// The failure with the kind of an error of the engine.
+    pub(crate) fn kind(self, kind: ErrorKind) -> Self {
+        Self { kind: kind.name(), ..self }
+    }
+
+    /// A failure that reports an error of the engine in other words.
+    pub(crate) fn of(error: &Error, message: impl Into<String>) -> Self {
+        Self::new(status_of(error), error.code(), message).kind(error.kind())
     }
 
     pub(crate) fn usage(message: impl Into<String>) -> Self {
@@ -81,6 +104,7 @@ impl Failure {
     /// A file operation that the operating system refused.
     pub(crate) fn file(doing: &str, path: &Path, error: &io::Error) -> Self {
         Self::new(Status::Other, "io", format!("cannot {doing} {}: {error}", path.display()))
+            .kind(ErrorKind::Io)
     }
 
     /// A failed write to standard output. A reader that closed the pipe has seen enough, so a
@@ -90,6 +114,7 @@ impl Failure {
             Self::new(Status::Done, "broken_pipe", String::new())
         } else {
             Self::new(Status::Other, "io", format!("cannot write to standard output: {error}"))
+                .kind(ErrorKind::Io)
         }
     }
 
@@ -122,9 +147,9 @@ impl Failure {
         self
     }
 
-    /// The failure as `--json` prints it.
-    pub(crate) fn as_json(&self) -> Value {
-        json!({ "kind": self.code, "message": self.message })
+    /// The failure with another status.
+    pub(crate) fn with_status(self, status: Status) -> Self {
+        Self { status, ..self }
     }
 
     /// Prints the failure on standard error. An empty message prints nothing.
@@ -132,11 +157,8 @@ impl Failure {
         if self.message.is_empty() {
             return;
         }
-        let text = if json {
-            json!({ "error": self.as_json() }).to_string()
-        } else {
-            format!("envelog: {self}")
-        };
+        let text =
+            if json { json!({ "error": self }).to_string() } else { format!("envelog: {self}") };
         let kind = if json { output::Kind::Json } else { output::Kind::Line };
         let text = [&output::for_stderr(text.as_bytes(), kind), &b"\n"[..]].concat();
         // A closed standard error is ignored: there is no other place for the message.
@@ -153,6 +175,17 @@ pub(crate) fn both<T>(first: Result<T>, second: Result) -> Result<T> {
     }
 }
 
+/// The same form as an [`Error`] of the engine.
+impl Serialize for Failure {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut fields = serializer.serialize_struct("Failure", 3)?;
+        fields.serialize_field("code", self.code)?;
+        fields.serialize_field("kind", self.kind)?;
+        fields.serialize_field("message", &self.message)?;
+        fields.end()
+    }
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
@@ -162,9 +195,9 @@ impl fmt::Display for Failure {
 /// The exit status for an engine error.
 pub(crate) fn status_of(error: &Error) -> Status {
     match (error, error.kind()) {
+        (_, ErrorKind::Revoked) => Status::Revoked,
         (Error::InvalidArgument(_), _) => Status::Usage,
         (Error::Config(_) | Error::UnexpectedCmk { .. }, _) => Status::Refused,
-        (_, ErrorKind::Revoked) => Status::Revoked,
         (_, ErrorKind::KmsUnreachable) => Status::KmsUnreachable,
         (_, ErrorKind::Integrity) => Status::Integrity,
         (
@@ -178,7 +211,7 @@ pub(crate) fn status_of(error: &Error) -> Status {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self::new(status_of(&error), error.code(), error.to_string())
+        Self::of(&error, error.to_string())
     }
 }
 
@@ -196,7 +229,8 @@ impl From<LocalKmsError> for Failure {
             LocalKmsError::Damaged { .. } => Status::Integrity,
             _ => Status::Other,
         };
-        Self::new(status, error.code(), error.to_string())
+        let (code, message) = (error.code(), error.to_string());
+        Self::new(status, code, message).kind(Error::from(error).kind())
     }
 }
 

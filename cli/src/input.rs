@@ -1,9 +1,13 @@
 //! Files and standard input.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File, Metadata},
     io::{self, Read},
-    os::{fd::AsFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::AsFd,
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, sync_channel},
     thread,
@@ -190,12 +194,14 @@ fn open_file(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// The value of an option that is a literal text, `@FILE`, or `-` for standard input.
-pub(crate) fn text_argument(argument: &str) -> Result<String> {
-    match argument.strip_prefix('@') {
-        Some(path) => read_text(Path::new(path)),
-        None if argument == "-" => read_limited(argument, io::stdin()),
-        None => Ok(argument.to_owned()),
+/// The value of an option that is a literal text, `@FILE`, or `-` for standard input. The name of a
+/// file may be any bytes.
+pub(crate) fn text_argument(argument: &OsStr) -> Result<String> {
+    match (argument.as_bytes().strip_prefix(b"@"), argument.to_str()) {
+        (Some(path), _) => read_text(Path::new(OsStr::from_bytes(path))),
+        (None, Some("-")) => read_limited("-", io::stdin()),
+        (None, Some(text)) => Ok(text.to_owned()),
+        (None, None) => Err(Failure::usage("an option that takes JSON is not UTF-8")),
     }
 }
 

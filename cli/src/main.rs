@@ -47,6 +47,7 @@ fn main() -> ExitCode {
     };
     let global = &given.cli.global;
     let json = global.json.unwrap_or(false);
+    output::set_json(json);
     report_panics(json);
     show_events(global.verbose, global.log.clone());
     match catch_unwind(AssertUnwindSafe(|| commands::run(given))) {
@@ -97,7 +98,7 @@ fn report_panics(json: bool) {
             .or(payload.downcast_ref::<String>().map(String::as_str));
         let what = what.unwrap_or("it panicked");
         let message = format!("this is a bug in envelog{place}, please report it: {what}");
-        Failure::new(Status::Other, "bug", message).report(json);
+        Failure::new(Status::Other, "bug", message).kind(envelog::ErrorKind::Bug).report(json);
     }));
 }
 

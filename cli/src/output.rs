@@ -25,6 +25,8 @@ use crate::exit::{Failure, Result};
 
 /// Work that finishes sooner shows no progress.
 const PROGRESS_AFTER: Duration = Duration::from_secs(1);
+/// The columns of a terminal that does not know its width.
+const WIDTH_UNKNOWN: u16 = 80;
 /// How often the bar is redrawn, also without progress.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
@@ -133,10 +135,18 @@ pub(crate) fn path(path: &Path) -> String {
     path.display().to_string()
 }
 
+/// A value as JSON in one line.
+pub(crate) fn json_line(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(|error| no_json(&error))
+}
+
+fn no_json(error: &serde_json::Error) -> Failure {
+    Failure::other(format!("cannot write this as JSON: {error}"))
+}
+
 /// Writes a value to standard output, as indented JSON.
 pub(crate) fn json(value: &impl Serialize) -> Result {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|error| Failure::other(format!("cannot write this as JSON: {error}")))?;
+    let text = serde_json::to_string_pretty(value).map_err(|error| no_json(&error))?;
     write_out(&for_stdout(text.as_bytes(), Kind::Json))
 }
 
@@ -195,8 +205,17 @@ pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
     table
         .load_style(presets::UTF8_FULL_CONDENSED)
         .set_content_arrangement(ContentArrangement::Dynamic);
-    if std::env::var_os("NO_COLOR").is_some() {
+    let width = match table.width() {
+        // The terminal does not know its width.
+        Some(0) => Some(WIDTH_UNKNOWN),
+        width => width,
+    };
+    if std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty()) {
+        // This also forgets the width of the terminal.
         table.force_no_tty();
+    }
+    if let Some(width) = width {
+        table.set_width(width);
     }
     if !header.is_empty() {
         table.set_header(header.iter().map(Cell::new));
@@ -289,8 +308,22 @@ pub(crate) fn moment(unix_us: u64) -> String {
         )
 }
 
-/// Progress of long work: a bar on standard error, if that is a terminal and the work takes longer
-/// than a second.
+/// Whether errors and results are JSON.
+static AS_JSON: OnceLock<bool> = OnceLock::new();
+
+/// Hides the progress of this process if its output is JSON. Call it once, before any command.
+pub(crate) fn set_json(json: bool) {
+    // A second call changes nothing.
+    let _ = AS_JSON.set(json);
+}
+
+/// Whether progress may be shown.
+fn shows_progress() -> bool {
+    !AS_JSON.get().copied().unwrap_or(false) && io::stderr().is_terminal()
+}
+
+/// Progress of long work: a bar on standard error, if that is a terminal, the output is not JSON, and
+/// the work takes longer than a second.
 pub(crate) struct Progress {
     bar: ProgressBar,
     /// The thread that draws the bar. Dropping the sender ends it.
@@ -304,7 +337,7 @@ impl Progress {
             Some(_) => "{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
             None => "{spinner} {bytes} {bytes_per_sec}",
         };
-        Self::new(total, template, io::stderr().is_terminal())
+        Self::new(total, template, shows_progress())
     }
 
     /// Progress in bytes while logs or acknowledgements go to standard output. Shows no bar if
@@ -315,7 +348,7 @@ impl Progress {
 
     /// Progress in steps, with the name of the current step.
     pub(crate) fn steps(total: u64) -> Self {
-        Self::new(Some(total), "{bar:30} {pos}/{len} {elapsed} {msg}", io::stderr().is_terminal())
+        Self::new(Some(total), "{bar:30} {pos}/{len} {elapsed} {msg}", shows_progress())
     }
 
     /// Shows nothing.

@@ -291,11 +291,17 @@ impl FromArgMatches for StoreSettings {
 
 /// The command line with the environment variables of the settings.
 pub(crate) fn command() -> Command {
+    command_for(&[])
+}
+
+/// The command line with the environment variables of the settings that are not among these
+/// arguments. clap would check the value of a variable that an option behind the command overrides.
+fn command_for(args: &[OsString]) -> Command {
     Cli::command().mut_args(|arg| {
         let Some(name) = arg.get_long().filter(|_| arg.is_global_set()) else { return arg };
+        let (is_given, variable) = (is_given(name, args), variable(name));
         // A variable may hold a PIN, which a help text must not show.
-        let variable = variable(name);
-        let arg = arg.env(variable).hide_env_values(true);
+        let arg = if is_given { arg } else { arg.env(variable).hide_env_values(true) };
         if is_switch(&arg) {
             arg.num_args(0..=1).require_equals(true).default_missing_value("true")
         } else {
@@ -306,6 +312,14 @@ pub(crate) fn command() -> Command {
 
 fn is_switch(arg: &Arg) -> bool {
     arg.get_value_names().is_some_and(|names| names.iter().any(|name| name == SWITCH))
+}
+
+/// Whether the arguments have this option. Behind `--` are no options.
+fn is_given(name: &str, args: &[OsString]) -> bool {
+    args.iter().take_while(|arg| *arg != "--").any(|arg| {
+        let rest = arg.to_str().and_then(|arg| arg.strip_prefix("--")?.strip_prefix(name));
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
+    })
 }
 
 /// The environment variable of a setting.
@@ -341,14 +355,14 @@ impl From<clap::Error> for Refused {
 
 /// Parses the command line, with the settings of the environment and of the settings file.
 pub(crate) fn parse(args: &[OsString]) -> Result<Given, Refused> {
-    let mut matches = command().try_get_matches_from(args)?;
+    let mut matches = command_for(args).try_get_matches_from(args)?;
     let mut file = None;
     if let Some(path) = matches.get_one::<PathBuf>(FILE) {
         let json = matches.get_one("json").copied().unwrap_or(false);
         let read =
             SettingsFile::read(path, &command()).map_err(|failure| Refused::File(failure, json))?;
         // The values of the file become the defaults of the command line, behind the environment.
-        matches = read.defaults(command()).try_get_matches_from(args)?;
+        matches = read.defaults(command_for(args)).try_get_matches_from(args)?;
         file = Some(read);
     }
     let cli = Cli::from_arg_matches(&matches)?;
@@ -468,7 +482,8 @@ pub(crate) fn text_of(value: &Value) -> String {
 /// Whether errors of these arguments are to be printed as JSON.
 pub(crate) fn asks_for_json(args: &[OsString]) -> bool {
     let in_variable = || env::var(variable("json")).is_ok_and(|on| switch(&on) == Ok(true));
-    args.iter().any(|arg| arg == "--json" || arg == "--json=true") || in_variable()
+    let mut options = args.iter().take_while(|arg| *arg != "--");
+    options.any(|arg| arg == "--json" || arg == "--json=true") || in_variable()
 }
 
 /// The first paragraph of a message of clap, in one line. The usage and the hint after it are left
@@ -487,12 +502,8 @@ pub(crate) fn refused_variable(error: &clap::Error, args: &[OsString]) -> Option
     }
     let Some(ContextValue::String(arg)) = error.get(ContextKind::InvalidArg) else { return None };
     let name = arg.strip_prefix("--")?.split(['=', '[', ' ', '.']).next()?;
-    let is_it = |arg: &OsString| {
-        let rest = arg.to_str().and_then(|arg| arg.strip_prefix("--")?.strip_prefix(name));
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('='))
-    };
     let variable = variable(name);
-    (env::var_os(&variable).is_some() && !args.iter().any(is_it)).then_some(variable)
+    (env::var_os(&variable).is_some() && !is_given(name, args)).then_some(variable)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Derives the paths, the KMS list and the store options from the global options.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fmt::Display,
     io,
     path::{Component, Path, PathBuf},
@@ -11,7 +11,7 @@ use std::{
 use envelog::{
     Cmk, Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions,
     admin::DirAnchor,
-    crypto::AwsLc,
+    crypto::CryptoProvider,
     error::ConfigError,
     kms::{self, Kms, LocalKms},
 };
@@ -113,6 +113,11 @@ impl Setup {
         if self.without_anchor { builder.without_anchor() } else { builder }
     }
 
+    /// The directory of the anchor.
+    pub(crate) fn anchor(&self) -> Option<&Path> {
+        self.anchor.as_deref()
+    }
+
     /// Opens the store for writing.
     pub(crate) fn open(&self) -> Result<Store> {
         Ok(self.builder().open()?)
@@ -151,9 +156,21 @@ impl Setup {
     }
 }
 
-/// A builder with the fastest cryptography provider.
+/// The fastest cryptography provider of this build.
+#[cfg(feature = "aws-lc")]
+pub(crate) fn provider() -> impl CryptoProvider + 'static {
+    envelog::crypto::AwsLc::new()
+}
+
+/// The fastest cryptography provider of this build.
+#[cfg(not(feature = "aws-lc"))]
+pub(crate) fn provider() -> impl CryptoProvider + 'static {
+    envelog::crypto::Sm4Simd::new()
+}
+
+/// A builder with the fastest cryptography provider of this build.
 pub(crate) fn builder(store: &Path, keyring: &Path) -> StoreBuilder {
-    Store::builder(store, keyring, AwsLc::new())
+    Store::builder(store, keyring, provider())
 }
 
 /// Fails if the Logstore's key may not be used now. Opening a reader checks the access and reads no
@@ -164,7 +181,7 @@ pub(crate) fn check_access(logstore: &Logstore) -> Result {
 }
 
 /// Parses a master key argument.
-pub(crate) fn cmk(argument: &str) -> Result<Cmk> {
+pub(crate) fn cmk(argument: &OsStr) -> Result<Cmk> {
     serde_json::from_str(&input::text_argument(argument)?)
         .map_err(|error| ConfigError::Json(error.to_string()).into())
 }

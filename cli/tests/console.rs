@@ -14,8 +14,9 @@ use std::{
 use common::{ROLE, Running, World, byok, made_lines, service};
 use serde_json::Value;
 
-const COMMANDS: [&[&str]; 19] = [
+const COMMANDS: [&[&str]; 20] = [
     &["demo"],
+    &["doctor"],
     &["create"],
     &["get"],
     &["update"],

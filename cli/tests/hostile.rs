@@ -6,10 +6,11 @@
 mod common;
 
 use std::{
+    ffi::{OsStr, OsString},
     fs::{self, File, OpenOptions},
     io::{Read, Write},
     os::unix::{
-        ffi::OsStrExt,
+        ffi::{OsStrExt, OsStringExt},
         fs::{PermissionsExt, symlink},
     },
     path::Path,
@@ -19,6 +20,7 @@ use std::{
 
 use common::{Running, World, byok, made_lines, service};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use serde_json::Value;
 
 /// Characters that control a terminal, as names and logs may contain them: C0, DEL, C1 as a
 /// character, and a change of direction.
@@ -143,7 +145,7 @@ fn no_name_and_no_log_commands_the_terminal() {
         (vec!["keys", "rotate-service"], 0, true),
         (vec!["status"], 0, false),
         (vec!["-v", "verify"], 0, true),
-        (vec!["create", "p/b", "--encrypt-conf", &*conf], 6, false),
+        (vec!["create", "p/b", "--encrypt-conf", &*conf], 3, false),
         (vec!["get", EVIL], 6, false),
         (vec!["append", "p/a", &*missing], 1, true),
         (vec!["inspect", &*missing], 1, true),
@@ -362,14 +364,14 @@ fn json_takes_any_path() {
     let out = |name: &str| {
         world.path("").join(std::ffi::OsStr::from_bytes(&[name.as_bytes(), b"\xff"].concat()))
     };
-    let run = |args: &[&std::ffi::OsStr]| {
+    let run = |args: &[&OsStr]| {
         let mut command = world.command(&["--json"]);
         let output =
             command.arg("--store").arg(&store).args(args).stdin(Stdio::null()).output().unwrap();
         assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
     };
-    let text = |text| std::ffi::OsStr::new(text);
+    let text = |text| OsStr::new(text);
     run(&[text("create"), text("p/a")]);
     let lines = world.file("lines", "one\n");
     run(&[text("append"), text("p/a"), text(&lines)]);
@@ -442,4 +444,199 @@ fn a_file_of_many_blocks_is_inspected_in_little_memory() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(text.matches(" opaque ").count(), BLOCKS as usize);
+}
+
+/// Sets the width of a terminal, in columns.
+fn set_width(terminal: &File, columns: u16) {
+    let mut size = rustix::termios::tcgetwinsize(terminal).unwrap();
+    (size.ws_col, size.ws_row) = (columns, 50);
+    rustix::termios::tcsetwinsize(terminal, size).unwrap();
+}
+
+/// The output of a command on a terminal of this width.
+fn on_width(mut command: Command, columns: u16) -> String {
+    let (program, mut user) = terminal();
+    set_width(&user, columns);
+    command.stdin(Stdio::null()).stdout(program.try_clone().unwrap()).stderr(program);
+    let mut child = command.spawn().unwrap();
+    drop(command);
+    let mut text = Vec::new();
+    let mut chunk = [0; 4096];
+    while let Ok(read @ 1..) = user.read(&mut chunk) {
+        text.extend_from_slice(&chunk[..read]);
+    }
+    assert!(child.wait().unwrap().success());
+    String::from_utf8(text).unwrap()
+}
+
+#[test]
+fn without_colours_a_table_keeps_the_width_of_the_terminal() {
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    let widest = |text: &str| text.lines().map(|line| line.trim_end().chars().count()).max();
+    for columns in [60, 110, 200] {
+        let mut plain = world.command(&["status"]);
+        plain.env("NO_COLOR", "1");
+        let plain = on_width(plain, columns);
+        let mut empty = world.command(&["status"]);
+        empty.env("NO_COLOR", "").env("TERM", "xterm");
+        let coloured = on_width(empty, columns);
+        assert!(!plain.contains('\x1b'), "{plain}");
+        assert!(widest(&plain) <= Some(columns.into()), "{columns}: {plain}");
+        // An empty variable does not count.
+        assert!(coloured.contains('\x1b'), "{coloured}");
+        let mut bare = String::new();
+        let mut rest = coloured.as_str();
+        while let Some((before, after)) = rest.split_once('\x1b') {
+            bare += before;
+            rest = after.split_once('m').unwrap().1;
+        }
+        assert_eq!(plain, bare + rest, "{columns}");
+    }
+}
+
+/// Every command works on paths that are not UTF-8, also with JSON, where such bytes are replaced.
+#[cfg(target_os = "linux")]
+#[test]
+fn paths_need_not_be_utf_8() {
+    let world = World::new();
+    let name = |text: &str| OsString::from_vec([text.as_bytes(), b"-\xff\xfe"].concat());
+    let run = |args: &[&OsStr]| {
+        let globals = [
+            ("--store", name("store")),
+            ("--keyring", name("keyring")),
+            ("--kms-dir", name("kms")),
+            ("--anchor", name("anchor")),
+        ];
+        let mut command = world.command(args);
+        for (option, value) in &globals {
+            command.arg(option).arg(value);
+        }
+        command.arg("--json");
+        let out = Running::start(command).finish();
+        out.assert(0);
+        assert_eq!(out.stderr, "", "{args:?}");
+        String::from_utf8(out.stdout).unwrap()
+    };
+    fs::create_dir(world.path("").join(name("anchor"))).unwrap();
+    let file = |text: &str, bytes: &[u8]| {
+        let name = name(text);
+        fs::write(world.path("").join(&name), bytes).unwrap();
+        name
+    };
+    let at = |name: &OsStr| OsString::from_vec([b"@", name.as_bytes()].concat());
+    let lines = file("lines", &made_lines(10));
+    let conf = file("conf", service("sm4").to_string().as_bytes());
+    run(&[OsStr::new("create"), OsStr::new("p/a"), OsStr::new("--encrypt-conf"), &at(&conf)]);
+    run(&[OsStr::new("append"), OsStr::new("p/a"), &lines]);
+    let config = file("config", run(&[OsStr::new("get"), OsStr::new("p/a")]).as_bytes());
+    run(&[OsStr::new("update"), OsStr::new("p/a"), OsStr::new("--config"), &at(&config)]);
+    assert!(run(&[OsStr::new("read"), OsStr::new("p/a")]).contains("lines-\u{fffd}\u{fffd}"));
+    for command in ["list", "status", "verify", "settings", "retain"] {
+        let said = run(&[OsStr::new(command)]);
+        assert!(!matches!(command, "status" | "settings") || said.contains('\u{fffd}'), "{said}");
+    }
+    for command in [["checkpoint", "--out"], ["keys backup", "--out"], ["keys audit", "--out"]] {
+        let out = name(&command[0].replace(' ', "-"));
+        let words = command[0].split(' ').map(OsStr::new).chain([OsStr::new(command[1])]);
+        let said = run(&words.chain([&*out]).collect::<Vec<_>>());
+        assert!(said.contains('\u{fffd}'), "{said}");
+    }
+    run(&[OsStr::new("verify"), OsStr::new("--against"), &name("checkpoint")]);
+    let mut segments = world.segments(".");
+    segments.retain(|path| path.to_str().is_none());
+    let said = run(&[OsStr::new("inspect"), segments[0].as_os_str()]);
+    assert!(said.contains('\u{fffd}'), "{said}");
+    run(&[
+        OsStr::new("repair"),
+        OsStr::new("p/a"),
+        OsStr::new("--shard"),
+        OsStr::new("0"),
+        OsStr::new("--yes"),
+    ]);
+    run(&[OsStr::new("delete"), OsStr::new("p/a"), OsStr::new("--yes")]);
+}
+
+/// Progress is for a person: on a terminal, and not beside JSON.
+#[test]
+fn progress_is_shown_on_a_terminal_only() {
+    for (json, shown) in [(false, true), (true, false)] {
+        let world = World::new();
+        world.create("p/a", &Value::Null);
+        let (program, mut user) = terminal();
+        set_width(&user, 100);
+        let mut command = world.command(&["append", "p/a", "-"]);
+        if json {
+            command.arg("--json");
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(program.try_clone().unwrap());
+        let mut child = command.spawn().unwrap();
+        drop((command, program));
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(b"one\n").unwrap();
+        let reading = thread::spawn(move || {
+            let (mut text, mut chunk) = (Vec::new(), [0; 4096]);
+            while let Ok(read @ 1..) = user.read(&mut chunk) {
+                text.extend_from_slice(&chunk[..read]);
+            }
+            text
+        });
+        // The bar comes after a second of work.
+        thread::sleep(std::time::Duration::from_millis(2500));
+        drop(stdin);
+        assert!(child.wait().unwrap().success());
+        let text = String::from_utf8(reading.join().unwrap()).unwrap();
+        assert_eq!(text.contains("4 B"), shown, "{text:?}");
+        assert!(shown || text.is_empty(), "{text:?}");
+    }
+}
+
+/// One form of time everywhere: RFC 3339 in UTC, with six digits.
+#[test]
+fn every_time_has_one_form() {
+    let world = World::new();
+    let key = world.create_key();
+    world.create("p/a", &service("sm4"));
+    world.ok(&["create", "p/b", "--encrypt-conf", &byok("default", &key).to_string()]);
+    world.ok(&["append", "p/b", &world.file("lines", made_lines(10))]);
+    let segment = world.segments("envelog-data")[0].to_str().unwrap().to_owned();
+    let mut count = 0;
+    for args in [
+        &["read", "p/b", "--format", "json"][..],
+        &["tail", "p/b", "--format", "json"],
+        &["inspect", &segment],
+        &["inspect", &segment, "--json"],
+        &["kms", "list"],
+        &["kms", "list", "--json"],
+        &["keys", "usage"],
+        &["keys", "audit"],
+        &["doctor"],
+        &["status"],
+        &["retain", "-vv"],
+    ] {
+        let out = world.run(args);
+        let text = out.text() + &out.stderr;
+        let bytes = text.as_bytes();
+        let is_date = |at: usize| {
+            let Some(window) = bytes.get(at..at + 11) else { return false };
+            window.iter().enumerate().all(|(index, byte)| match index {
+                4 | 7 => *byte == b'-',
+                10 => matches!(byte, b'T' | b' '),
+                _ => byte.is_ascii_digit(),
+            }) && bytes.get(at + 13) == Some(&b':')
+        };
+        let mut of_command = 0;
+        // The lines of the log have times of their own.
+        let is_content = |at: usize| text[..at].ends_with("\"content\":\"");
+        for at in (0..bytes.len()).filter(|at| is_date(*at) && !is_content(*at)) {
+            let time = &text[at..(at + 27).min(text.len())];
+            let rest = time[19..].strip_prefix('.').and_then(|rest| rest.strip_suffix('Z'));
+            let six = rest.is_some_and(|rest| rest.bytes().all(|byte| byte.is_ascii_digit()));
+            assert!(six && &time[10..11] == "T", "{args:?}: {time:?}");
+            of_command += 1;
+        }
+        assert!(of_command > 0 || args == ["status"], "{args:?} has no time: {text}");
+        count += of_command;
+    }
+    assert!(count > 30, "{count}");
 }

@@ -13,6 +13,7 @@ use std::{
     process::Command,
     sync::Arc,
     thread,
+    time::{Duration, Instant},
 };
 
 use aliyun::{Aliyun, Fault, OIDC_TOKEN, SERVICE_ID, SERVICE_SECRET};
@@ -150,11 +151,11 @@ fn a_logstore_is_made_only_with_a_key_that_can_be_used() {
         let conf = byok("default", key).to_string();
         cloud.run(&["create", "p/customer", "--encrypt-conf", &conf])
     };
-    assert!(create("key-nobody-has").sentence(6).contains("deleted"));
+    assert!(create("key-nobody-has").sentence(3).contains("deleted"));
     assert!(create("alias/logs").sentence(4).contains("alias"));
     let key = cloud.aliyun.create_key();
     cloud.aliyun.set_state(&key, "Disabled");
-    assert!(create(&key).sentence(6).contains("disabled"));
+    assert!(create(&key).sentence(3).contains("disabled"));
     cloud.aliyun.set_state(&key, "Enabled");
     assert_eq!(cloud.ok(&["list"]), b"");
     create(&key).assert(0);
@@ -324,4 +325,41 @@ fn tls_trusts_what_the_system_trusts_and_nobody_else() {
     assert!(cloud.aliyun.take_seen().is_empty(), "nothing was sent to whom is not trusted");
     create("ca.pem", &cloud.url).assert(0);
     assert!(!cloud.aliyun.take_seen().is_empty());
+}
+
+/// A signal ends an append whose input is idle at once, although a check of the key waits for the KMS.
+#[test]
+fn a_signal_does_not_wait_for_the_kms() {
+    const DELAY: Duration = Duration::from_secs(50);
+    let cloud = Cloud::new();
+    cloud.logstore(b"before\n");
+    let args = [
+        "append",
+        "p/customer",
+        "-",
+        "--ack",
+        "--kms-timeout=1m",
+        "--revalidate-every=200ms",
+        "--outage-grace=200ms",
+    ];
+    let mut append = Running::start(cloud.logged_in(&args));
+    let acks = append.lines();
+    append.stdin.as_mut().unwrap().write_all(b"one\n").unwrap();
+    assert_eq!(acks.recv().unwrap(), "1");
+    cloud.aliyun.set_delay(DELAY);
+    cloud.aliyun.take_seen();
+    // The lease is over when it asks again.
+    while cloud.aliyun.take_seen().is_empty() {
+        thread::sleep(Duration::from_millis(50));
+    }
+    thread::sleep(Duration::from_millis(500));
+    let asked = Instant::now();
+    append.interrupt();
+    let stdin = append.stdin.take();
+    let out = append.wait();
+    drop(stdin);
+    out.assert(130);
+    assert!(asked.elapsed() < DELAY / 2, "it ended when the KMS answered");
+    cloud.aliyun.set_delay(Duration::ZERO);
+    assert_eq!(cloud.ok(&READ), b"before\none\n");
 }

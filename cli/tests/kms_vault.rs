@@ -108,7 +108,7 @@ fn a_setting_that_does_not_serve_is_refused() {
     let vault = Vault::new();
     // A key and a role that do not exist, and another region.
     let create = |conf: &str| vault.run(&["create", "p/a", "--encrypt-conf", conf]);
-    assert!(create(&conf("missing", ROLE)).sentence(6).contains("not permitted"));
+    assert!(create(&conf("missing", ROLE)).sentence(3).contains("not permitted"));
     assert!(create(&conf("orders", "another")).sentence(4).contains("another AppRole"));
     let elsewhere = conf("orders", ROLE).replace("eu-1", "eu-2");
     assert!(create(&elsewhere).sentence(6).contains("region"));

@@ -184,12 +184,20 @@ fn create_needs_a_kms_for_the_region_and_the_role() {
     ];
     for (conf, kind, word) in cases {
         let command = ["create", "p/a", "--encrypt-conf", &conf.to_string()];
-        let sentence = world.refused(6, &command);
+        // The owner of a key has to act on its refusal, whichever operation meets it.
+        let status = if kind == "cmk_refused" { 3 } else { 6 };
+        let sentence = world.refused(status, &command);
         assert!(sentence.contains(word), "{word}: {sentence}");
-        assert_eq!(world.run(&[&command[..], &["--json"]].concat()).json_error(6).0, kind);
+        let out = world.run(&[&command[..], &["--json"]].concat());
+        assert_eq!(out.json_error(status).0, kind);
+        let said: Value = serde_json::from_str(&out.stderr).unwrap();
+        let class = if status == 3 { "revoked" } else { "invalid" };
+        assert_eq!(said["error"]["kind"], class);
     }
     world.ok(&["kms", "disable", &key]);
-    world.refused(6, &["create", "p/a", "--encrypt-conf", &byok("sm4", &key).to_string()]);
+    let sentence =
+        world.refused(3, &["create", "p/a", "--encrypt-conf", &byok("sm4", &key).to_string()]);
+    assert!(sentence.contains("is disabled") && sentence.contains("enable the key"), "{sentence}");
     assert_eq!(world.json(&["list", "--json"])["logstores"], json!([]), "none of them was made");
 
     // The second KMS serves the key. An unsupported kind of URL is reported as such.

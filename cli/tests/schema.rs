@@ -213,6 +213,9 @@ fn data(checked: &Checked) {
     checked.run("status", &[]);
     checked.run("verify", &[]);
     checked.run("verify", &["p/byok", "--keyless"]);
+    // The directory of the test may be on a disk that is nearly full.
+    let out = checked.world.run(&["doctor", "--json"]);
+    checked.valid("answer.doctor", &serde_json::from_slice(&out.stdout).unwrap());
     checked.run("checkpoint", &["--out", "checkpoint"]);
     checked.run("verify", &["--against", "checkpoint"]);
     checked.run("repair", &["p/plain", "--shard", "0", "--yes"]);
@@ -374,6 +377,28 @@ fn recovery(checked: &Checked, key: &str) {
     let expect = checked.world.file("expect", json!({ "p/byok": cmk }).to_string());
     let report = checked.run("keys recover", &["--without-keyring", "--expect", &expect]);
     assert!(!report["lost"].as_array().unwrap().is_empty());
+    recovery_by_the_library(checked, &cmk);
+}
+
+/// The same by the library, which reports its progress.
+fn recovery_by_the_library(checked: &Checked, cmk: &Value) {
+    let (dir, keyring) =
+        (checked.world.path("envelog-data"), checked.world.path("another.keyring"));
+    let kms = Arc::new(LocalKms::at(checked.world.path("envelog-data.kms")));
+    let expected = [("p/byok".parse().unwrap(), serde_json::from_value(cmk.clone()).unwrap())];
+    let mut seen = Vec::new();
+    let (store, report) = Store::builder(dir, keyring, AwsLc::new())
+        .kms(kms)
+        .recover_without_keyring_with(&expected.into(), &mut |at| {
+            checked.library("recover_progress", at);
+            seen.push((at.done, at.total));
+        })
+        .unwrap();
+    checked.library("recover_report", report);
+    let (_, total) = seen[0];
+    assert!(total > 1);
+    assert_eq!(seen, (0..=total).map(|done| (done, total)).collect::<Vec<_>>());
+    store.close().unwrap();
 }
 
 /// The parts of the schema that no output can check.
@@ -393,6 +418,7 @@ fn the_schema_is_strict_and_has_no_definition_without_use() {
         "retention_report",
         "rewrap_options",
         "rewrap_progress",
+        "recover_progress",
         "retain_options",
         "repair_options",
         "replace_cmk",

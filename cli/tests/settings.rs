@@ -238,9 +238,9 @@ fn only_a_regular_file_of_bounded_size_is_read() {
         ("large.toml", "too large"),
         ("binary.toml", "binary.toml"),
     ] {
-        let sentence = world.refused(1, &["--settings", file, "list"]);
+        let sentence = world.refused(2, &["--settings", file, "list"]);
         assert!(sentence.contains(words), "{sentence}");
-        let sentence = run(&world, &[("ENVELOG_SETTINGS", file)], &["list"]).sentence(1);
+        let sentence = run(&world, &[("ENVELOG_SETTINGS", file)], &["list"]).sentence(2);
         assert!(sentence.contains(words), "{sentence}");
     }
     let all = settings(&world, &[], &["--settings", "link.toml"]);
@@ -269,6 +269,37 @@ fn a_refused_variable_is_named() {
     let out = run(&world, &[("ENVELOG_KMS_TIMEOUT", "5")], &["list", "--kms-timeout", "x"]);
     out.assert(2);
     assert!(out.stderr.contains("'x'") && !out.stderr.contains("ENVELOG"), "{}", out.stderr);
+}
+
+#[test]
+fn a_variable_that_an_option_overrides_is_not_checked() {
+    let world = World::new();
+    for (variable, option) in [
+        ("ENVELOG_KMS_TIMEOUT", "--kms-timeout=2s"),
+        ("ENVELOG_GROUP_READ", "--group-read"),
+        ("ENVELOG_WORKERS", "--workers=3"),
+        ("ENVELOG_LOG", "--log=info"),
+        ("ENVELOG_JSON", "--json=true"),
+    ] {
+        let junk = [(variable, "a=b=c")];
+        for args in [[option, "settings", "--json"], ["settings", option, "--json"]] {
+            // The same switch may not be given twice.
+            let args = if variable == "ENVELOG_JSON" { &args[..2] } else { &args[..] };
+            let out = run(&world, &junk, args);
+            out.assert(0);
+            let all: Value = serde_json::from_slice(&out.stdout).unwrap();
+            let name = option.trim_start_matches("--").split('=').next().unwrap();
+            assert_eq!(find(all["settings"].as_array().unwrap(), name)["source"], "option");
+        }
+        // Behind `--` there is no option.
+        let args = ["append", "p/a", "--", option];
+        assert!(run(&world, &junk, &args).sentence(2).contains(variable));
+    }
+    let junk = [("ENVELOG_WORKERS", "many")];
+    let file = world.file("workers.toml", "workers = 3\n");
+    assert!(run(&world, &junk, &["--settings", &file, "settings"]).sentence(2).contains("many"));
+    let with_option = ["--settings", &file, "settings", "--workers=4", "--json"];
+    run(&world, &junk, &with_option).assert(0);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use super::LogstoreName;
 use crate::{
     crypto::{Cipher, HashAlg, Suite},
     ids::hex_decode,
-    kms::Cmk,
+    kms::{Cmk, RevokedReason},
     segment::Compression,
 };
 
@@ -107,11 +107,15 @@ pub enum ConfigError {
         /// The `region_id`.
         region: String,
     },
-    /// The KMS refuses to wrap under the customer master key.
-    #[error("the customer master key {cmk} cannot be used: {detail}")]
+    /// The KMS refuses the customer master key of a new envelope. Unlike the other variants this is
+    /// no fault of the configuration: the owner of the key can allow its use
+    /// ([`ErrorKind::Revoked`](crate::ErrorKind::Revoked)).
+    #[error("customer master key {cmk} cannot be used, because it is {reason} ({detail}); {}", reason.remedy())]
     CmkRefused {
         /// The `cmk_key_id`.
         cmk: String,
+        /// The reason.
+        reason: RevokedReason,
         /// The KMS's explanation.
         detail: String,
     },
@@ -161,7 +165,8 @@ impl ConfigError {
 #[serde(try_from = "String", into = "String")]
 #[non_exhaustive]
 pub enum EncryptType {
-    /// `"default"`: AES-256-GCM.
+    /// AES-256-GCM. In JSON and as text it is `"default"`, not `"aes"`: the service that this engine
+    /// is for has named the values of `encrypt_type`.
     Aes,
     /// `"sm4"`: SM4-GCM (RFC 8998).
     Sm4,

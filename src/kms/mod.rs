@@ -148,6 +148,118 @@ pub struct KmsCall<'a> {
 }
 
 /// A key management service. The [module documentation](self) states the rules for a backend.
+///
+/// # A complete backend
+///
+/// This one keeps master keys in files, as a machine that mounts them from a secret manager has them:
+/// `DIR/REGION/ROLE/KEY`, 32 bytes each. It has no network, so no call takes long, and the timeout
+/// needs no care.
+///
+/// ```
+/// use std::{fs, io::{ErrorKind, Read}, path::PathBuf, sync::Arc};
+///
+/// use envelog::{
+///     crypto::{AeadKey, Cipher, CryptoProvider, RustCrypto, SecretKey},
+///     io::{OsRandom, Random},
+///     kms::{Cmk, Kms, KmsCall, KmsError, RevokedReason},
+/// };
+///
+/// #[derive(Debug)]
+/// struct MountedKeys {
+///     dir: PathBuf,
+/// }
+///
+/// impl MountedKeys {
+///     /// The master key, if the role may use it now. Reads it afresh: no answer is cached.
+///     fn master_key(&self, cmk: &Cmk) -> Result<Box<dyn AeadKey>, KmsError> {
+///         let Cmk { cmk_key_id, arn, region_id } = cmk;
+///         // The customer chooses these names. They must not lead out of the directory.
+///         let is_plain = |name: &&String| {
+///             !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+///         };
+///         if ![cmk_key_id, arn, region_id].iter().all(is_plain) {
+///             return Err(KmsError::revoked(RevokedReason::Deleted, "no key has such a name"));
+///         }
+///         let unreachable = |error: std::io::Error| KmsError::unreachable(error.to_string());
+///         // Without this a volume that is not mounted would make all keys look deleted.
+///         let region = self.dir.join(region_id);
+///         fs::metadata(&region).map_err(unreachable)?;
+///         let role = region.join(arn);
+///         if !role.try_exists().map_err(unreachable)? {
+///             return Err(KmsError::revoked(RevokedReason::NotPermitted, format!("there is no role {arn}")));
+///         }
+///         let mut file = fs::File::open(role.join(cmk_key_id)).map_err(|error| match error.kind() {
+///             ErrorKind::NotFound => KmsError::revoked(RevokedReason::Deleted, "there is no such file"),
+///             _ => unreachable(error),
+///         })?;
+///         let mut bytes = [0; 32];
+///         file.read_exact(&mut bytes).map_err(|error| match error.kind() {
+///             ErrorKind::UnexpectedEof => KmsError::invalid("the file of the key is too short"),
+///             _ => unreachable(error),
+///         })?;
+///         // Moves the key to locked memory, and wipes `bytes`.
+///         let key = SecretKey::from_bytes(&mut bytes);
+///         let invalid = |error| KmsError::invalid(format!("{error}"));
+///         RustCrypto::new().aead(Cipher::Aes256Gcm, key.expose()).map_err(invalid)
+///     }
+/// }
+///
+/// impl Kms for MountedKeys {
+///     fn name(&self) -> &str {
+///         "mounted"
+///     }
+///
+///     fn serves(&self, region_id: &str) -> bool {
+///         region_id.starts_with("mounted-")
+///     }
+///
+///     /// A nonce of 12 bytes, the encrypted key, and a tag of 16 bytes.
+///     fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+///         let master = self.master_key(call.cmk)?;
+///         let mut nonce = [0; 12];
+///         OsRandom.fill(&mut nonce).map_err(|error| KmsError::unreachable(error.to_string()))?;
+///         let mut sealed = *key.expose();
+///         // The context is bound: the wrapped key opens nowhere else.
+///         let tag = master
+///             .seal(&nonce, &call.context.to_bytes(), &mut sealed)
+///             .map_err(|error| KmsError::invalid(error.to_string()))?;
+///         Ok([&nonce[..], &sealed, &tag].concat())
+///     }
+///
+///     fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+///         let master = self.master_key(call.cmk)?;
+///         let (nonce, rest) = wrapped.split_first_chunk().ok_or_else(|| KmsError::invalid("cut short"))?;
+///         let (sealed, tag) = rest.split_last_chunk().ok_or_else(|| KmsError::invalid("cut short"))?;
+///         let mut key = [0; 32];
+///         master
+///             .open(nonce, &call.context.to_bytes(), sealed, tag, &mut key)
+///             .map_err(|error| KmsError::invalid(error.to_string()))?;
+///         Ok(SecretKey::from_bytes(&mut key))
+///     }
+/// }
+///
+/// # use envelog::{AppendOptions, EncryptConf, EncryptType, ErrorKind as Kind, LogstoreSpec, Payload, Store};
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let keys = dir.path().join("keys");
+/// # let role = keys.join("mounted-1/logs");
+/// # fs::create_dir_all(&role).unwrap();
+/// # fs::write(role.join("key-1"), [7; 32]).unwrap();
+/// let store = Store::builder(dir.path().join("data"), dir.path().join("keyring"), RustCrypto::new())
+///     .kms(Arc::new(MountedKeys { dir: keys }))
+///     .create()?;
+/// let cmk = Cmk { cmk_key_id: "key-1".into(), arn: "logs".into(), region_id: "mounted-1".into() };
+/// let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk));
+/// let logstore = store.create_logstore(&"shop/orders".parse()?, spec)?;
+/// logstore.append(Payload::opaque("paid")?, &AppendOptions::default())?;
+///
+/// // The customer removes the key. The engine asks every 30 s; this asks now.
+/// fs::remove_file(role.join("key-1")).unwrap();
+/// assert_eq!(logstore.revalidate_now().unwrap_err().kind(), Kind::Revoked);
+/// # Ok::<(), envelog::Error>(())
+/// ```
+///
+/// Have the conformance suite test a backend of your own: `testing::conformance` (feature
+/// `kms-conformance`).
 pub trait Kms: Send + Sync + fmt::Debug {
     /// A short name of the backend for error messages and status, such as `local`. The engine
     /// stores it with the probe that renews a lease, and asks only a backend of that name to unwrap
@@ -258,6 +370,18 @@ pub enum RevokedReason {
     Deleted,
     /// The role may not be assumed, or may not use the key.
     NotPermitted,
+}
+
+impl RevokedReason {
+    /// What the owner of the key can do, as a clause.
+    pub(crate) fn remedy(self) -> &'static str {
+        match self {
+            Self::Disabled => "enable the key again in the KMS",
+            Self::PendingDeletion => "cancel the deletion of the key in the KMS",
+            Self::Deleted => "restore the key, if its KMS still can",
+            Self::NotPermitted => "grant the role the use of the key in the KMS",
+        }
+    }
 }
 
 impl fmt::Display for RevokedReason {

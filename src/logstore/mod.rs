@@ -25,9 +25,9 @@ use crate::{
     metrics::LogstoreMetrics,
     segment::{BLOCK_OVERHEAD_BYTES, DecodedHeader, Footer, KeySource},
     shard::{
-        AcceptedLoss, AppendFuture, Appended, CurrentPlan, Durability, End, Follow, MergedReader,
-        Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardLoss, ShardRecord,
-        Ticket, WaitFor, WritePlan,
+        AcceptedLoss, AppendFuture, Appended, CurrentPlan, Durability, End, Follow, MergedPosition,
+        MergedReader, Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardLoss,
+        ShardRecord, Ticket, WaitFor, WritePlan,
     },
     sync::{
         LockRank, Mutex, MutexGuard,
@@ -706,7 +706,40 @@ impl Logstore {
     /// which has no meaning across shards. The error of a record that cannot be read.
     pub fn read_merged(&self, options: &ReadOptions) -> Result<MergedReader> {
         self.shared.act_on_losses();
-        MergedReader::open(self.shared.shards.iter().map(|shard| &**shard), options)
+        MergedReader::open(self.shared.shards.iter().map(|shard| &**shard), None, options)
+    }
+
+    /// As [`Logstore::read_merged`], but begins where another reader was
+    /// ([`MergedReader::position`]), in place of [`ReadOptions::from`]. A shard that the position does
+    /// not have is newer, and is read from its beginning.
+    ///
+    /// # Errors
+    /// As [`Logstore::read_merged`].
+    ///
+    /// ```
+    /// # use envelog::{Store, crypto::RustCrypto, LogstoreSpec, Payload, AppendOptions, ReadOptions};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let store = Store::builder(dir.path().join("s"), dir.path().join("k"), RustCrypto::new()).create().unwrap();
+    /// let spec = LogstoreSpec::default().shard_count(2);
+    /// let logstore = store.create_logstore(&"app/events".parse()?, spec)?;
+    /// for text in ["one", "two", "three"] {
+    ///     logstore.append(Payload::opaque(text)?, &AppendOptions::default())?;
+    /// }
+    /// // Pages of two records, as for a client that comes back with the text.
+    /// let page = ReadOptions::default().max_groups(2);
+    /// let mut reader = logstore.read_merged(&page)?;
+    /// assert_eq!(reader.by_ref().count(), 2);
+    /// let cursor = reader.position().to_string();
+    /// assert_eq!(logstore.read_merged_from(&cursor.parse()?, &page)?.count(), 1);
+    /// # Ok::<(), envelog::Error>(())
+    /// ```
+    pub fn read_merged_from(
+        &self,
+        position: &MergedPosition,
+        options: &ReadOptions,
+    ) -> Result<MergedReader> {
+        self.shared.act_on_losses();
+        MergedReader::open(self.shared.shards.iter().map(|shard| &**shard), Some(position), options)
     }
 
     /// Follows a shard: reads it, and waits at the end for more. Blocks for file I/O, and for a KMS

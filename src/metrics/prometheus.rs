@@ -14,7 +14,11 @@ use crate::key_status::{KeyState, KeyStatus};
 
 impl StoreMetrics {
     /// The metrics in the text format of OpenMetrics 1.0, which Prometheus scrapes. Every name
-    /// begins with `envelog_`; times are in seconds, and sizes in bytes.
+    /// begins with `envelog_`; times are in seconds, and sizes in bytes. Serve it as
+    /// [`PROMETHEUS_CONTENT_TYPE`](super::PROMETHEUS_CONTENT_TYPE).
+    ///
+    /// The label `of` of a lease says who shares it: `shared` for all Logstores under the master key,
+    /// `service_key`, or the id of one Logstore.
     pub fn to_prometheus(&self) -> String {
         let mut registry = Registry::with_prefix("envelog");
         registry.register_collector(Box::new(Figures(self.clone())));
@@ -64,7 +68,7 @@ impl Figures {
 
         let of_service = service_lease.iter().map(|lease| (lease, "service_key".to_owned()));
         let of_customers = leases.iter().map(|lease| {
-            let logstore = lease.logstore.map_or_else(String::new, |id| id.to_string());
+            let logstore = lease.logstore.map_or_else(|| "shared".to_owned(), |id| id.to_string());
             (lease, logstore)
         });
         let leases: Vec<_> = of_customers.chain(of_service).collect();

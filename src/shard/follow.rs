@@ -202,7 +202,57 @@ impl Iterator for Follow {
 /// Follows a shard as a stream; from [`Follow::into_stream`].
 ///
 /// Polling it calls no KMS. It reads the segment files of a Logstore that is not under a customer's
-/// key; for the others a thread of the store does that.
+/// key; for the others a thread of the store does that. It needs no particular runtime. With
+/// `futures_util::StreamExt` or `tokio_stream::StreamExt`, `stream.next().await` is the next record.
+///
+/// ```
+/// use std::{future::poll_fn, pin::pin};
+///
+/// use envelog::{AppendOptions, Logstore, Payload, ReadOptions};
+/// use futures_core::Stream;
+///
+/// # fn block_on<F: Future>(future: F) -> F::Output {
+/// #     struct Unpark(std::thread::Thread);
+/// #     impl std::task::Wake for Unpark {
+/// #         fn wake(self: std::sync::Arc<Self>) { self.0.unpark() }
+/// #     }
+/// #     let waker = std::sync::Arc::new(Unpark(std::thread::current())).into();
+/// #     let mut future = pin!(future);
+/// #     loop {
+/// #         match future.as_mut().poll(&mut std::task::Context::from_waker(&waker)) {
+/// #             std::task::Poll::Ready(output) => return output,
+/// #             std::task::Poll::Pending => std::thread::park(),
+/// #         }
+/// #     }
+/// # }
+/// /// Hands each record of a shard on, also those that are still to come, until `take` has enough.
+/// async fn hand_on(logstore: &Logstore, mut take: impl FnMut(&[u8]) -> bool) -> envelog::Result<()> {
+///     let mut stream = pin!(logstore.follow(0, &ReadOptions::default())?.into_stream());
+///     while let Some(record) = poll_fn(|context| stream.as_mut().poll_next(context)).await {
+///         if !take(&record?.bytes) {
+///             break;
+///         }
+///     }
+///     Ok(())
+/// }
+///
+/// # use envelog::{Store, crypto::RustCrypto, LogstoreSpec};
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let store = Store::builder(dir.path().join("s"), dir.path().join("k"), RustCrypto::new()).create().unwrap();
+/// let logstore = store.create_logstore(&"app/events".parse()?, LogstoreSpec::default())?;
+/// let writer = logstore.clone();
+/// let writing = std::thread::spawn(move || {
+///     ["one", "two"].map(|text| writer.append(Payload::opaque(text).unwrap(), &AppendOptions::default()))
+/// });
+/// let mut taken = Vec::new();
+/// block_on(hand_on(&logstore, |bytes| {
+///     taken.push(bytes.to_vec());
+///     taken.len() < 2
+/// }))?;
+/// assert_eq!(taken, [b"one", b"two"]);
+/// # writing.join().unwrap();
+/// # Ok::<(), envelog::Error>(())
+/// ```
 #[cfg(feature = "stream")]
 #[derive(Debug)]
 pub struct FollowStream(Follow);

@@ -87,7 +87,7 @@ use leader::{KMS_RETRY_AFTER, Timers};
 pub(crate) use listing::SegmentRef;
 use loss::Lost;
 pub(crate) use loss::{RecordLostGroups, ShardLoss};
-pub use merged::MergedReader;
+pub use merged::{MergedPosition, MergedReader};
 pub use payload::{Appended, Durability, Payload};
 pub(crate) use reader::ReaderPermits;
 pub use reader::{LostRange, Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};

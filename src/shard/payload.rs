@@ -87,6 +87,15 @@ impl TryFrom<&LogGroup> for Payload {
     }
 }
 
+/// Encodes the group, as the conversion from a reference does.
+impl TryFrom<LogGroup> for Payload {
+    type Error = Error;
+
+    fn try_from(group: LogGroup) -> Result<Self> {
+        Self::try_from(&group)
+    }
+}
+
 /// The place of an appended group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

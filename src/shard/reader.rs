@@ -252,6 +252,20 @@ impl Reader {
         Self::with(shard.permits().take(false)?, shard, options)
     }
 
+    /// A reader that begins at a sequence number and leaves out what was received before a time,
+    /// whatever the options say about the beginning.
+    pub(super) fn continuing(
+        shard: &Shard,
+        seq: u64,
+        from_us: u64,
+        options: &ReadOptions,
+    ) -> Result<Self> {
+        let mut reader = Self::open(shard, &options.from(Position::Seq(seq)))?;
+        reader.from_us = from_us;
+        reader.seek_time = reader.must_seek_time();
+        Ok(reader)
+    }
+
     /// A reader for a follower.
     pub(super) fn following(shard: &Shard, options: &ReadOptions) -> Result<Self> {
         Self::with(shard.permits().take(true)?, shard, options)
@@ -357,6 +371,16 @@ impl Reader {
             }
         }
         Ok(None)
+    }
+
+    /// The sequence number at which a later reader continues with the next record of this one.
+    pub(super) fn resume_seq(&self) -> u64 {
+        lock(&self.ahead.0).records.front().map_or(self.next_seq, |record| record.seq)
+    }
+
+    /// Whether the segment to begin in must be found by time.
+    fn must_seek_time(&self) -> bool {
+        self.next_seq == 0 && self.from_us > 0
     }
 
     /// Takes a record that was read ahead. `None` if the key was lost since [`Reader::ready`].
@@ -500,7 +524,7 @@ impl Reader {
                 }
                 if std::mem::take(&mut ahead.wiped) {
                     (self.cursor, self.past_end) = (None, false);
-                    self.seek_time = self.next_seq == 0 && self.from_us > 0;
+                    self.seek_time = self.must_seek_time();
                 }
             }
             if self.next_seq >= self.end_seq {

@@ -7,7 +7,7 @@ use super::{
     assembly::Setup,
     creation,
     handles::Store,
-    keyring_loss::{RecoverReport, Recoverable},
+    keyring_loss::{RecoverProgress, RecoverReport, Recoverable},
     opening,
     options::StoreOptions,
 };
@@ -211,7 +211,19 @@ impl StoreBuilder {
         self,
         expected: &BTreeMap<LogstoreName, Cmk>,
     ) -> Result<(Store, RecoverReport)> {
-        let (store, report) = opening::recover_without_keyring(self.setup, expected)?;
+        self.recover_without_keyring_with(expected, &mut |_| {})
+    }
+
+    /// As [`StoreBuilder::recover_without_keyring`]. Reports its progress while it asks the KMSs.
+    ///
+    /// # Errors
+    /// As [`StoreBuilder::recover_without_keyring`].
+    pub fn recover_without_keyring_with(
+        self,
+        expected: &BTreeMap<LogstoreName, Cmk>,
+        progress: &mut dyn FnMut(&RecoverProgress),
+    ) -> Result<(Store, RecoverReport)> {
+        let (store, report) = opening::recover_without_keyring(self.setup, expected, progress)?;
         Ok((Store::new(store), report))
     }
 }

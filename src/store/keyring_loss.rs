@@ -44,6 +44,16 @@ pub struct RecoverReport {
     pub unauthenticated: Vec<PathBuf>,
 }
 
+/// The progress of a recovery without the keyring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct RecoverProgress {
+    /// The number of directories of Logstores that are done.
+    pub done: usize,
+    /// The number of all directories of Logstores.
+    pub total: usize,
+}
+
 /// A Logstore as its metadata describes it. Nothing authenticates the metadata: an attacker who can
 /// write the disk chooses all of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -145,12 +155,13 @@ fn segments_fit(disk: &dyn Disk, dir: &Path, meta: &Meta) -> Result<bool> {
 pub(super) fn recover_logstores(
     core: &Core,
     expected: &BTreeMap<LogstoreName, Cmk>,
+    progress: &mut dyn FnMut(&RecoverProgress),
 ) -> Result<RecoverReport> {
     let Core { env, keys, registry } = core;
     let mut report = RecoverReport::default();
     // Nothing is changed until every KMS has answered. If a KMS is unreachable, the store stays as
     // it is.
-    let found = find_logstores(core, expected, &mut report)?;
+    let found = find_logstores(core, expected, &mut report, progress)?;
     let mut catalogue = Catalogue::default();
     keys.remove_probes()?;
     keys.audit().set_aside(&format!("lost-keyring-{}-audit", env.clock.wall_us()))?;
@@ -182,12 +193,15 @@ fn find_logstores(
     core: &Core,
     expected: &BTreeMap<LogstoreName, Cmk>,
     report: &mut RecoverReport,
+    progress: &mut dyn FnMut(&RecoverProgress),
 ) -> Result<BTreeMap<LogstoreName, Found>> {
     let env = &core.env;
     let parent = env.logstores_dir();
     let mut all: BTreeMap<LogstoreName, Found> = BTreeMap::new();
-    for entry in env.disk.list_dir(&parent).map_err(Error::io("list", &parent))? {
-        let Ok(id) = entry.name.parse::<LogstoreId>() else { continue };
+    let entries = env.disk.list_dir(&parent).map_err(Error::io("list", &parent))?;
+    let ids: Vec<LogstoreId> = entries.iter().filter_map(|entry| entry.name.parse().ok()).collect();
+    for (done, &id) in ids.iter().enumerate() {
+        progress(&RecoverProgress { done, total: ids.len() });
         let (name, found) = match find_logstore(core, id, expected) {
             Ok(found) => found,
             Err(error @ (Error::Io { .. } | Error::KmsUnreachable { .. })) => return Err(error),
@@ -206,6 +220,7 @@ fn find_logstores(
             return Err(Error::corrupt(Location::new(here, 0), what));
         }
     }
+    progress(&RecoverProgress { done: ids.len(), total: ids.len() });
     Ok(all)
 }
 

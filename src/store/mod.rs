@@ -57,7 +57,7 @@ pub use key_change::ReplaceCmk;
 pub use key_usage::{
     CmkVersionUsage, DataKeyUsage, KeyNeed, KeyUsage, MasterKeyUsage, ServiceKeyUsage,
 };
-pub use keyring_loss::{RecoverReport, Recoverable};
+pub use keyring_loss::{RecoverProgress, RecoverReport, Recoverable};
 pub use options::{Background, StoreOptions};
 pub use removal::DeleteReport;
 pub use repair::{FailedRepair, ShardRepair, StoreRepairReport};

@@ -12,7 +12,7 @@ use super::{
     core::Core,
     creation::{self, Remains},
     identity::{ClaimedIdentity, identity_path, mend_identity, verify_identity, write_identity},
-    keyring_loss::{self, RecoverReport, Recoverable},
+    keyring_loss::{self, RecoverProgress, RecoverReport, Recoverable},
     lock::StoreLock,
     logstores,
     open_store::OpenStore,
@@ -124,6 +124,7 @@ pub(super) fn recoverable(setup: Setup) -> Result<Vec<Recoverable>> {
 pub(super) fn recover_without_keyring(
     setup: Setup,
     expected: &BTreeMap<LogstoreName, Cmk>,
+    progress: &mut dyn FnMut(&RecoverProgress),
 ) -> Result<(OpenStore, RecoverReport)> {
     setup.options.check()?;
     let outside = Arc::clone(&setup.disk);
@@ -137,8 +138,9 @@ pub(super) fn recover_without_keyring(
     let keyring = setup.new_keyring(&file, identity.store, now_us)?.write()?;
     // Until the new STORE file is in place, the old one names the old keyring, so an
     // interrupted recovery can start again.
+    let recover = |core: &Core| keyring_loss::recover_logstores(core, expected, progress);
     let writer = (held, reserve);
-    let recovered = recover_with(setup, writer, keyring, identity.store, now_us, expected);
+    let recovered = recover_with(setup, writer, keyring, identity.store, now_us, recover);
     if recovered.is_err() {
         // Nothing depends on the new keyring yet.
         let _ = file.remove();
@@ -152,7 +154,7 @@ fn recover_with(
     keyring: Keyring,
     id: StoreId,
     now_us: u64,
-    expected: &BTreeMap<LogstoreName, Cmk>,
+    recover: impl FnOnce(&Core) -> Result<RecoverReport>,
 ) -> Result<(OpenStore, RecoverReport)> {
     let (disk, dir) = (Arc::clone(&setup.disk), setup.dir.clone());
     let above = catalogue::newest_epoch(&*disk, &dir)?;
@@ -162,7 +164,7 @@ fn recover_with(
     let opening = Opening { audit: Audit::Lost, ..opening };
     let store = setup.assemble(opening)?;
     let Core { keys, registry, .. } = store.core();
-    let report = keyring_loss::recover_logstores(store.core(), expected).inspect_err(|error| {
+    let report = recover(store.core()).inspect_err(|error| {
         // The catalogue stays under the old keyring, which may still be found. The new keyring
         // is discarded.
         registry.exclusive().latch(error.clone());

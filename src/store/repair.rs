@@ -3,7 +3,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use serde::{Serialize, Serializer, ser::SerializeStruct};
+use serde::Serialize;
 use tracing::warn;
 
 use super::{
@@ -46,24 +46,15 @@ pub struct ShardRepair {
 
 /// A Logstore that could not be repaired, in a [`StoreRepairReport`].
 ///
-/// As JSON it has the fields `logstore`, `kind` and `message`.
-#[derive(Clone, Debug)]
+/// As JSON it has the fields `logstore`, `code`, `kind` and `message`.
+#[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct FailedRepair {
     /// The Logstore.
     pub logstore: LogstoreName,
     /// Why.
+    #[serde(flatten)]
     pub error: Error,
-}
-
-impl Serialize for FailedRepair {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let mut fields = serializer.serialize_struct("FailedRepair", 3)?;
-        fields.serialize_field("logstore", &self.logstore)?;
-        fields.serialize_field("kind", self.error.code())?;
-        fields.serialize_field("message", &self.error.to_string())?;
-        fields.end()
-    }
 }
 
 /// Repairs the key audit log, the probes, and every shard. A Logstore that cannot be repaired does

@@ -87,7 +87,8 @@ pub struct RewrapReport {
     /// or the interrupted run has wrapped them.
     pub current: Vec<LogstoreName>,
     /// The Logstores, and the master keys with their probes, that could not be wrapped again, each
-    /// with the error. They are unchanged. As JSON each has the fields `what`, `kind` and `message`.
+    /// with the error. They are unchanged. As JSON each has the fields `what`, `code`, `kind` and
+    /// `message`.
     #[serde(serialize_with = "failed")]
     pub failed: Vec<(String, Error)>,
     /// When the interrupted run began that this run continues, in microseconds since the Unix

@@ -694,7 +694,7 @@ fn check(row: &Row) {
     }
     let Ok(store) = copy.builder().open_read_only() else { return };
     let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
-    assert!(report.faults.iter().any(|fault| fault.kind == row.code), "{}: {report:?}", row.rule);
+    assert!(report.faults.iter().any(|fault| fault.code == row.code), "{}: {report:?}", row.rule);
 }
 
 fn check_all(rows: &[Row]) {
@@ -865,7 +865,7 @@ fn the_second_tag_is_verified_where_the_data_key_is_at_hand() {
     let store = copy.builder().open_read_only().unwrap();
     let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     let found: Vec<_> =
-        report.faults.iter().map(|fault| (fault.kind, fault.file.clone())).collect();
+        report.faults.iter().map(|fault| (fault.code, fault.file.clone())).collect();
     assert_eq!(found, [("tampered", Some(path(&copy, Which::Meta)))], "{report:?}");
 }
 
@@ -956,7 +956,7 @@ fn the_rules_of_the_audit_log() {
         assert_eq!(found, code, "{rule}");
         let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert_eq!(
-            report.faults.first().map_or("", |fault| fault.kind),
+            report.faults.first().map_or("", |fault| fault.code),
             code,
             "{rule}: {report:?}"
         );

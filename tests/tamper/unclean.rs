@@ -115,7 +115,7 @@ impl Unclean {
         let (texts, error) = read_all(&store, logstore, *shard);
         let options = VerifyOptions::default().logstore(logstore.clone());
         let report = store.admin().verify(&options, &mut |_| {}).unwrap();
-        (texts, error, report.faults.iter().map(|fault| fault.kind).collect())
+        (texts, error, report.faults.iter().map(|fault| fault.code).collect())
     }
 
     /// Opens for writing, appends, and reads all records. Also returns the number of bytes that
@@ -396,7 +396,7 @@ fn synced_blocks_that_the_catalogue_has_noted_are_missed() {
             let error = read_all(&store, &name(logstore), 0).1.map(|error| error.code());
             let options = VerifyOptions::default().logstore(name(logstore));
             let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
-            let verdict = (error, faults.iter().map(|fault| fault.kind).collect::<Vec<_>>());
+            let verdict = (error, faults.iter().map(|fault| fault.code).collect::<Vec<_>>());
             let appended = fixture.builder(MemoryDisk::of(&cut)).open().and_then(|store| {
                 let options = synced().shard(ShardChoice::Shard(0));
                 store.logstore(&name(logstore))?.append(record("after"), &options)

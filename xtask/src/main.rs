@@ -110,6 +110,8 @@ fn test(args: &[String]) -> Done {
     };
     with_args(&["test", "--locked", "--workspace", "--all-features", "--no-fail-fast"])?;
     cargo(&["check", "--locked", "--package", "envelog", "--no-default-features", "--lib"], &[])?;
+    // As `cargo demo` builds it.
+    cargo(&["check", "--locked", "--package", "envelog-cli", "--no-default-features"], &[])?;
     with_args(&["test", "--locked", "--package", "envelog", "--no-default-features"])
 }
 

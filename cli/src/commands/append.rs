@@ -6,14 +6,14 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use envelog::{AppendOptions, Logstore, ShardChoice, Ticket, group::GROUP_BYTES_MAX};
-use serde_json::json;
+use serde::Serialize;
 
 use crate::{
     args::{AppendArgs, DurabilityArg},
@@ -25,8 +25,8 @@ use crate::{
     setup::{Setup, check_access, name},
 };
 
-/// The longest time a line waits for others to share its group, and the longest interval between
-/// access checks while nothing is submitted.
+/// The longest time a line waits for others to share its group, and the interval between checks of the
+/// key.
 const LINGER: Duration = Duration::from_millis(100);
 /// The largest number of submitted groups that are not yet acknowledged.
 const TICKETS_WAITING: usize = 1024;
@@ -94,7 +94,7 @@ fn append(
     } else {
         Progress::bytes(inputs.total)
     };
-    let feed = Feed { logstore, options, sender, last_check: Instant::now() };
+    let feed = Feed { logstore, options, sender, key: KeyWatch::begin(logstore)? };
     let submitted = feed.run(inputs, lines, &failed, &progress);
     // A failure of a submitted group precedes a failure of the input, so report it first.
     let settled =
@@ -120,13 +120,46 @@ struct Feed<'a> {
     logstore: &'a Logstore,
     options: &'a AppendOptions,
     sender: SyncSender<Pending>,
-    /// When the key was last known to be usable: at the last submission or access check.
-    last_check: Instant,
+    key: KeyWatch,
+}
+
+/// Checks again and again whether the key may be used, so that a revocation ends an append whose
+/// input is idle or whose line does not end. It does so in a thread of its own, because a check may
+/// wait for a KMS, and a signal must not.
+struct KeyWatch {
+    refused: Receiver<Failure>,
+    /// Dropping it ends the thread after the check that is under way.
+    _watched: Sender<()>,
+}
+
+impl KeyWatch {
+    fn begin(logstore: &Logstore) -> Result<Self> {
+        let ((refuse, refused), (watched, ended)) = (sync_channel(1), channel());
+        let logstore = logstore.clone();
+        let watch = move || {
+            while ended.recv_timeout(LINGER) == Err(RecvTimeoutError::Timeout) {
+                if let Err(failure) = check_access(&logstore) {
+                    // The receiver is gone if the append has ended.
+                    let _ = refuse.send(failure);
+                    return;
+                }
+            }
+        };
+        thread::Builder::new()
+            .name("key".to_owned())
+            .spawn(watch)
+            .map_err(|error| Failure::other(format!("cannot start a thread: {error}")))?;
+        Ok(Self { refused, _watched: watched })
+    }
+
+    fn check(&self) -> Result {
+        self.refused.try_recv().map_or(Ok(()), Err)
+    }
 }
 
 impl Feed<'_> {
     fn run(
-        mut self,
+        self,
         inputs: &Inputs,
         mut lines: Lines,
         failed: &AtomicBool,
@@ -149,11 +182,7 @@ impl Feed<'_> {
             }
             full.into_iter().try_for_each(|group| self.submit(group))?;
             taken?;
-            // Detect a revocation also while the input is idle or one line does not end.
-            if self.last_check.elapsed() >= LINGER {
-                check_access(self.logstore)?;
-                self.last_check = Instant::now();
-            }
+            self.key.check()?;
         }
         // After a signal nothing more is read. The bytes that were read already are stored.
         while interrupt::asked()
@@ -169,9 +198,8 @@ impl Feed<'_> {
         Ok(Fed { long_lines: lines.long_lines(), kept_all: !lines.is_within_line() })
     }
 
-    fn submit(&mut self, group: LineGroup) -> Result {
+    fn submit(&self, group: LineGroup) -> Result {
         let ticket = self.logstore.submit(&group.group, self.options)?;
-        self.last_check = Instant::now();
         let pending =
             Pending { ticket, logs: group.logs, bytes: group.bytes, last_line: group.last_line };
         // The receiver is gone only after a failure, which the settling thread reports.
@@ -242,6 +270,24 @@ struct Summary {
     kept_all: bool,
 }
 
+/// The answer of `append`.
+#[derive(Serialize)]
+struct Answer {
+    groups: u64,
+    logs: u64,
+    bytes: u64,
+    long_lines: u64,
+    shards: Vec<OfShard>,
+}
+
+/// The groups that an `append` has added to a shard.
+#[derive(Serialize)]
+struct OfShard {
+    shard: u32,
+    first_seq: u64,
+    last_seq: u64,
+}
+
 impl Summary {
     /// Adds the acknowledged groups to a failure, so that a caller can continue behind them.
     fn acknowledged(&self, failure: Failure) -> Failure {
@@ -260,19 +306,18 @@ impl Summary {
     /// Prints to standard output, or to standard error if acknowledgements use standard output.
     fn print(&self, json: bool, ack: bool) -> Result {
         let text = if json {
-            let shards: Vec<_> = self
-                .shards
-                .iter()
-                .map(|(shard, (first, last))| json!({ "shard": shard, "first_seq": first, "last_seq": last }))
-                .collect();
-            json!({
-                "groups": self.groups,
-                "logs": self.logs,
-                "bytes": self.bytes,
-                "long_lines": self.long_lines,
-                "shards": shards,
-            })
-            .to_string()
+            let shards = self.shards.iter().map(|(&shard, &(first_seq, last_seq))| OfShard {
+                shard,
+                first_seq,
+                last_seq,
+            });
+            output::json_line(&Answer {
+                groups: self.groups,
+                logs: self.logs,
+                bytes: self.bytes,
+                long_lines: self.long_lines,
+                shards: shards.collect(),
+            })?
         } else {
             let mut text = format!(
                 "appended {} groups, {} logs, {} ({} bytes)",

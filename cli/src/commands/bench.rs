@@ -15,11 +15,10 @@ use bytes::Bytes;
 use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, Logstore, LogstoreName, LogstoreSpec,
     Payload, ReadOptions, Store, StoreBuilder,
-    crypto::{AeadKey, AwsLc, Cipher, CryptoProvider},
+    crypto::{AeadKey, Cipher, CryptoProvider},
     inspect::Compression,
 };
 use serde::Serialize;
-use serde_json::json;
 
 use self::open_store::Opening;
 use crate::{
@@ -27,7 +26,7 @@ use crate::{
     exit::{Failure, Result},
     input, interrupt, lines,
     output::{self, Progress},
-    setup::{Setup, builder},
+    setup::{Setup, builder, provider},
 };
 
 const GROUP_BYTES: usize = 64 * 1024;
@@ -37,6 +36,12 @@ const ROUNDS: usize = 9;
 const RUN_BYTES_MAX: u64 = 1 << 30;
 /// The size of a Logstore for the read measurements.
 const READ_BYTES: u64 = 16 << 20;
+
+/// The answer of `bench`.
+#[derive(Serialize)]
+struct Answer<'a> {
+    rows: &'a [Row],
+}
 
 pub(crate) fn run(setup: &Setup, args: &BenchArgs) -> Result {
     interrupt::defer()?;
@@ -56,7 +61,7 @@ pub(crate) fn run(setup: &Setup, args: &BenchArgs) -> Result {
         (bench.rows()?, "none")
     };
     if setup.json {
-        return output::json(&json!({ "rows": rows }));
+        return output::json(&Answer { rows: &rows });
     }
     print(&rows, base)
 }
@@ -146,7 +151,7 @@ impl Suite {
             Self::None | Self::Aes => Cipher::Aes256Gcm,
             Self::Sm4 => Cipher::Sm4Gcm,
         };
-        AwsLc::new().aead(cipher, &vec![7; cipher.key_len()]).map_err(crypto_failure)
+        provider().aead(cipher, &vec![7; cipher.key_len()]).map_err(crypto_failure)
     }
 }
 

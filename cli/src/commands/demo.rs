@@ -18,7 +18,7 @@ use envelog::{
     kms::{Cmk, LocalKms},
 };
 use memchr::memmem;
-use serde_json::json;
+use serde::Serialize;
 
 use crate::{
     args::DemoArgs,
@@ -94,7 +94,22 @@ fn directory(asked: Option<&Path>) -> Result<(PathBuf, Option<tempfile::TempDir>
     Ok((dir.to_owned(), None))
 }
 
+/// The answer of `demo`.
+#[derive(Serialize)]
+struct Answer<'a> {
+    checks: &'a [Check],
+    rates: Vec<MeasuredRate>,
+}
+
+#[derive(Serialize)]
+struct MeasuredRate {
+    what: &'static str,
+    bytes: u64,
+    mb_per_s: f64,
+}
+
 /// A condition that the demo checked.
+#[derive(Serialize)]
 struct Check {
     what: String,
     held: bool,
@@ -345,19 +360,12 @@ impl Demo {
 
     fn report(&self, json: bool) -> Result {
         if json {
-            let checks: Vec<_> = self
-                .checks
-                .iter()
-                .map(|check| json!({ "what": check.what, "held": check.held, "detail": check.detail }))
-                .collect();
-            let rates: Vec<_> = self
-                .rates
-                .iter()
-                .map(|rate| {
-                    json!({ "what": rate.what, "bytes": rate.bytes, "mb_per_s": output::mb_per_s(rate.bytes, rate.elapsed) })
-                })
-                .collect();
-            return output::json(&json!({ "checks": checks, "rates": rates }));
+            let rates = self.rates.iter().map(|rate| MeasuredRate {
+                what: rate.what,
+                bytes: rate.bytes,
+                mb_per_s: output::mb_per_s(rate.bytes, rate.elapsed),
+            });
+            return output::json(&Answer { checks: &self.checks, rates: rates.collect() });
         }
         let mut table = output::table(&["step", "held", "result"], &[]);
         for check in &self.checks {

@@ -2,12 +2,17 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
-use envelog::inspect::{BlockHeader, DecodedHeader, Footer, KeySource, Predecessor, SegmentHeader};
+use envelog::{
+    crypto::HashAlg,
+    ids::{LogstoreId, SegmentId, StoreId},
+    inspect::{
+        BlockHeader, Compression, DecodedHeader, Footer, KeySource, Predecessor, SegmentHeader,
+    },
+};
 use serde::{
     Serialize, Serializer,
     ser::{Error as _, SerializeSeq as _},
 };
-use serde_json::{Value, json};
 
 use crate::{
     args::InspectArgs,
@@ -42,8 +47,8 @@ pub(crate) fn run(setup: &Setup, args: &InspectArgs) -> Result {
         _ => None,
     };
     let printed = if setup.json {
-        let (header, footer) =
-            (header_json(&decoded), footer.map(|footer| footer_json(&decoded, footer)));
+        let header = HeaderAnswer::from(&decoded);
+        let footer = footer.map(|footer| FooterAnswer::new(&decoded, footer));
         output::json(&Report { file: output::path(path), bytes: len, header, blocks, footer })
     } else {
         print(&segment, &decoded, blocks, footer)
@@ -60,8 +65,8 @@ struct Report<'a> {
     blocks: Blocks<'a>,
     bytes: u64,
     file: String,
-    footer: Option<Value>,
-    header: Value,
+    footer: Option<FooterAnswer>,
+    header: HeaderAnswer,
 }
 
 /// The blocks between two offsets of a segment, read on demand.
@@ -84,7 +89,7 @@ impl Serialize for Blocks<'_> {
         let mut failed = None;
         let walked = self.each(|at, block| {
             if failed.is_none() {
-                failed = seq.serialize_element(&block_json(at, block)).err();
+                failed = seq.serialize_element(&BlockAnswer::new(at, block)).err();
             }
             Ok(())
         });
@@ -296,63 +301,127 @@ fn block_table() -> output::Table {
     )
 }
 
-fn header_json(decoded: &DecodedHeader) -> Value {
-    let header = &decoded.header;
-    json!({
-        "suite": header.suite.name(),
-        "store": header.store,
-        "logstore": header.logstore,
-        "segment": header.segment,
-        "shard": header.shard,
-        "ordinal": header.ordinal,
-        "epoch": header.epoch,
-        "generation": header.generation,
-        "first_seq": header.first_seq,
-        "limit_seq": header.limit_seq,
-        "created": output::moment(header.created_us),
-        "setbacks": header.setbacks,
-        "key": key_source(header.key_source),
-        "salt": hex(&header.salt),
-        "commitment": hex(&decoded.commitment),
-        "predecessor": predecessor(&header.predecessor),
-        "payload_hash": header.payload_hash,
-        "extensions": header.extensions.iter().map(|extension| extension.kind).collect::<Vec<_>>(),
-        "body_start": decoded.body_start,
-    })
+/// A header in the answer.
+#[derive(Serialize)]
+struct HeaderAnswer {
+    suite: &'static str,
+    store: StoreId,
+    logstore: LogstoreId,
+    segment: SegmentId,
+    shard: u32,
+    ordinal: u64,
+    epoch: u64,
+    generation: u64,
+    first_seq: u64,
+    limit_seq: u64,
+    created: String,
+    setbacks: u32,
+    key: String,
+    salt: String,
+    commitment: String,
+    predecessor: String,
+    payload_hash: HashAlg,
+    extensions: Vec<u16>,
+    body_start: u64,
 }
 
-fn block_json(at: u64, block: &BlockHeader) -> Value {
-    json!({
-        "number": block.number,
-        "offset": at,
-        "kind": block.kind.name(),
-        "compression": block.compression,
-        "payload_bytes": block.payload_len,
-        "raw_bytes": block.raw_len,
-        "groups": block.group_count,
-        "logs": block.log_count,
-        "first_seq": block.first_seq,
-        "first_receive_time": output::moment(block.first_time_us),
-        "last_receive_time": output::moment(block.last_time_us),
-        "durable_mark": block.durable_mark,
-    })
+impl From<&DecodedHeader> for HeaderAnswer {
+    fn from(decoded: &DecodedHeader) -> Self {
+        let header = &decoded.header;
+        Self {
+            suite: header.suite.name(),
+            store: header.store,
+            logstore: header.logstore,
+            segment: header.segment,
+            shard: header.shard,
+            ordinal: header.ordinal,
+            epoch: header.epoch,
+            generation: header.generation,
+            first_seq: header.first_seq,
+            limit_seq: header.limit_seq,
+            created: output::moment(header.created_us),
+            setbacks: header.setbacks,
+            key: key_source(header.key_source),
+            salt: hex(&header.salt),
+            commitment: hex(&decoded.commitment),
+            predecessor: predecessor(&header.predecessor),
+            payload_hash: header.payload_hash,
+            extensions: header.extensions.iter().map(|extension| extension.kind).collect(),
+            body_start: decoded.body_start,
+        }
+    }
 }
 
-fn footer_json(decoded: &DecodedHeader, footer: &Footer) -> Value {
-    json!({
-        "offset": footer.offset,
-        "blocks": footer.block_count,
-        "groups": footer.group_count,
-        "logs": footer.log_count,
-        "raw_bytes": footer.raw_bytes,
-        "end_seq": footer.end_seq,
-        "first_receive_time": output::moment(footer.first_time_us),
-        "last_receive_time": output::moment(footer.last_time_us),
-        "recovered": footer.recovered,
-        "body": hex(&footer.body),
-        "digest": hex(&footer.digest(decoded.header.payload_hash, &decoded.header_hash)),
-        "index_entries": footer.index.len(),
-    })
+/// A block in the answer.
+#[derive(Serialize)]
+struct BlockAnswer {
+    number: u32,
+    offset: u64,
+    kind: &'static str,
+    compression: Compression,
+    payload_bytes: u32,
+    raw_bytes: u32,
+    groups: u32,
+    logs: u32,
+    first_seq: u64,
+    first_receive_time: String,
+    last_receive_time: String,
+    durable_mark: u64,
+}
+
+impl BlockAnswer {
+    fn new(offset: u64, block: &BlockHeader) -> Self {
+        Self {
+            number: block.number,
+            offset,
+            kind: block.kind.name(),
+            compression: block.compression,
+            payload_bytes: block.payload_len,
+            raw_bytes: block.raw_len,
+            groups: block.group_count,
+            logs: block.log_count,
+            first_seq: block.first_seq,
+            first_receive_time: output::moment(block.first_time_us),
+            last_receive_time: output::moment(block.last_time_us),
+            durable_mark: block.durable_mark,
+        }
+    }
+}
+
+/// A footer in the answer.
+#[derive(Serialize)]
+struct FooterAnswer {
+    offset: u64,
+    blocks: u32,
+    groups: u64,
+    logs: u64,
+    raw_bytes: u64,
+    end_seq: u64,
+    first_receive_time: String,
+    last_receive_time: String,
+    recovered: bool,
+    body: String,
+    digest: String,
+    index_entries: usize,
+}
+
+impl FooterAnswer {
+    fn new(decoded: &DecodedHeader, footer: &Footer) -> Self {
+        Self {
+            offset: footer.offset,
+            blocks: footer.block_count,
+            groups: footer.group_count,
+            logs: footer.log_count,
+            raw_bytes: footer.raw_bytes,
+            end_seq: footer.end_seq,
+            first_receive_time: output::moment(footer.first_time_us),
+            last_receive_time: output::moment(footer.last_time_us),
+            recovered: footer.recovered,
+            body: hex(&footer.body),
+            digest: hex(&footer.digest(decoded.header.payload_hash, &decoded.header_hash)),
+            index_entries: footer.index.len(),
+        }
+    }
 }
 
 fn key_source(source: KeySource) -> String {

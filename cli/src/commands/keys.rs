@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsStr,
     fs::{self, File, OpenOptions, Permissions},
     io::Write,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
@@ -14,18 +15,65 @@ use envelog::{
     admin::{CmkVersionUsage, KeyNeed, Recoverable, ReplaceCmk, RewrapOptions, RewrapReport},
     audit::{AuditMark, AuditRecord},
     error::ConfigError,
+    ids::StoreId,
     kms::Cmk,
 };
-use serde_json::json;
+use serde::Serialize;
 
 use super::confirm;
 use crate::{
     args::{KeysCommand, RewrapArgs},
-    exit::{Failure, Result, Status, both, status_of},
+    exit::{Failure, Result, Status, both},
     input,
     output::{self, Progress},
     setup::{self, Setup, name},
 };
+
+/// The answer of `keys rotate-data`.
+#[derive(Serialize)]
+struct DataKeyRotated {
+    logstore: LogstoreName,
+    data_key_version: u32,
+}
+
+/// The answer of `keys shred`.
+#[derive(Serialize)]
+struct DataKeysShredded<'a> {
+    logstore: LogstoreName,
+    shredded: &'a [u32],
+}
+
+/// The answer of `keys rewrap-keyring`.
+#[derive(Serialize)]
+struct KeyringRewrapped {
+    service_cmk: Option<Cmk>,
+}
+
+/// The answer of `keys backup`.
+#[derive(Serialize)]
+struct KeyringCopied {
+    keyring: String,
+    store_id: StoreId,
+}
+
+/// The answer of `keys audit`.
+#[derive(Serialize)]
+struct AuditLog {
+    records: Vec<AuditRecord>,
+}
+
+/// The answer of `keys audit --out`.
+#[derive(Serialize)]
+struct AuditExported {
+    audit: String,
+    head: AuditMark,
+}
+
+/// The answer of `keys recover` without `--expect`.
+#[derive(Serialize)]
+struct RecoverableFound<'a> {
+    found: &'a [Recoverable],
+}
 
 pub(crate) fn run(setup: &Setup, command: KeysCommand) -> Result {
     match command {
@@ -61,7 +109,7 @@ fn rotate_data(setup: &Setup, argument: &str) -> Result {
     let version = store.keys().rotate_data_key(&name)?;
     setup.close(store)?;
     if setup.json {
-        return output::json(&json!({ "logstore": name, "data_key_version": version }));
+        return output::json(&DataKeyRotated { logstore: name, data_key_version: version });
     }
     output::line(format_args!("{name}: new data is sealed under data-key version {version}"))
 }
@@ -268,7 +316,7 @@ fn rotate_service(setup: &Setup) -> Result {
 fn audit(setup: &Setup) -> Result {
     let records = setup.open_read_only()?.keys().audit_records()?;
     if setup.json {
-        return output::json(&json!({ "records": records }));
+        return output::json(&AuditLog { records });
     }
     let mut table = output::table(&["number", "time", "event", "Logstore", "detail"], &[0]);
     for record in &records {
@@ -302,7 +350,7 @@ fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
     let verdict = found.fault.map_or(Ok(()), |error| {
         let message =
             format!("the audit log is sound up to record {number}, but not after it: {error}");
-        Err(Failure::new(status_of(&error), error.code(), message))
+        Err(Failure::of(&error, message))
     });
     both(printed, verdict)
 }
@@ -311,7 +359,7 @@ fn export_audit(setup: &Setup, out: &Path) -> Result {
     let export = setup.open_read_only()?.keys().export_audit()?;
     write_new(out, export.text.as_bytes())?;
     if setup.json {
-        return output::json(&json!({ "audit": output::path(out), "head": export.head }));
+        return output::json(&AuditExported { audit: output::path(out), head: export.head });
     }
     output::line(format_args!(
         "wrote {} records to {}: keep the file away from the store, for a later `keys audit --verify --against`",
@@ -334,7 +382,7 @@ fn backup(setup: &Setup, out: &Path) -> Result {
     refuse_inside(&setup.store, out)?;
     write_new(out, &input::read_file(&setup.keyring)?)?;
     if setup.json {
-        return output::json(&json!({ "keyring": output::path(out), "store_id": store.id() }));
+        return output::json(&KeyringCopied { keyring: output::path(out), store_id: store.id() });
     }
     output::line(format_args!(
         "copied the service keyring to {}: keep it secret, and apart from the store, of which {} needs a backup too; \
@@ -372,13 +420,13 @@ fn refuse_inside(store: &Path, out: &Path) -> Result {
     ))
 }
 
-fn rewrap_keyring(setup: &Setup, service_cmk: Option<&str>) -> Result {
+fn rewrap_keyring(setup: &Setup, service_cmk: Option<&OsStr>) -> Result {
     let cmk = service_cmk.map(setup::cmk).transpose()?;
     let store = setup.open()?;
     store.keys().rewrap_keyring(cmk.clone())?;
     setup.close(store)?;
     if setup.json {
-        return output::json(&json!({ "service_cmk": cmk }));
+        return output::json(&KeyringRewrapped { service_cmk: cmk });
     }
     let under = cmk
         .map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
@@ -389,7 +437,7 @@ fn rewrap_keyring(setup: &Setup, service_cmk: Option<&str>) -> Result {
     ))
 }
 
-fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> Result {
+fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&OsStr>) -> Result {
     let mut builder = setup.builder();
     if let Some(argument) = service_cmk {
         builder = builder.service_cmk(setup::cmk(argument)?);
@@ -397,7 +445,7 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
     let found = builder.clone().recoverable()?;
     let Some(expect) = expect else {
         if setup.json {
-            output::json(&json!({ "found": found }))?;
+            output::json(&RecoverableFound { found: &found })?;
         } else {
             found.iter().try_for_each(|one| output::line(found_line(one)))?;
         }
@@ -421,7 +469,12 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
             names.join(", ")
         )));
     }
-    let (store, report) = builder.recover_without_keyring(&expected)?;
+    let mut progress: Option<Progress> = None;
+    let recovered = builder.recover_without_keyring_with(&expected, &mut |at| {
+        progress.get_or_insert_with(|| Progress::steps(at.total as u64)).set(at.done as u64);
+    });
+    drop(progress);
+    let (store, report) = recovered?;
     setup.close(store)?;
     if setup.json {
         output::json(&report)?;
@@ -472,7 +525,7 @@ fn expected_keys(path: &Path) -> Result<BTreeMap<LogstoreName, Cmk>> {
     })
 }
 
-fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key: bool) -> Result {
+fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &OsStr, keep_data_key: bool) -> Result {
     let name = name(argument)?;
     let conf = EncryptConf::from_json(&input::text_argument(encrypt_conf)?)?;
     let Some(cmk) = conf.user_cmk_info else {
@@ -522,7 +575,7 @@ fn shred(setup: &Setup, argument: &str, versions: &[u32], yes: bool) -> Result {
     store.keys().shred_data_keys(&name, versions)?;
     setup.close(store)?;
     if setup.json {
-        return output::json(&json!({ "logstore": name, "shredded": versions }));
+        return output::json(&DataKeysShredded { logstore: name, shredded: versions });
     }
     output::line(format_args!(
         "{name}: data keys destroyed in this store; backups and snapshots of it may still hold them"

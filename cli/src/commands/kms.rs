@@ -2,7 +2,7 @@
 
 use envelog::kms::{LocalKeyInfo, LocalKeyState, LocalKms};
 use jiff::{SignedDuration, Timestamp};
-use serde_json::json;
+use serde::Serialize;
 
 use crate::{
     args::{GrantArgs, KeyArgs, KmsCommand},
@@ -10,6 +10,53 @@ use crate::{
     output,
     setup::Setup,
 };
+
+/// The answer of `kms create-key`.
+#[derive(Serialize)]
+struct Created {
+    cmk_key_id: String,
+}
+
+/// The answer of `kms list`.
+#[derive(Serialize)]
+struct Listed<'a> {
+    keys: Vec<Key<'a>>,
+}
+
+/// A key of `kms list`.
+#[derive(Serialize)]
+struct Key<'a> {
+    cmk_key_id: &'a str,
+    region_id: &'a str,
+    state: &'static str,
+    /// A date.
+    deletion_day: Option<String>,
+    versions: u32,
+    grants: &'a [String],
+    /// A time.
+    created: String,
+}
+
+impl<'a> From<&'a LocalKeyInfo> for Key<'a> {
+    fn from(key: &'a LocalKeyInfo) -> Self {
+        Self {
+            cmk_key_id: &key.key_id,
+            region_id: &key.region_id,
+            state: key.state.name(),
+            deletion_day: key.deletion_day.map(day),
+            versions: key.versions,
+            grants: &key.grants,
+            created: output::moment(key.created_us),
+        }
+    }
+}
+
+/// The answer of a command that changes a key.
+#[derive(Serialize)]
+struct Changed {
+    cmk_key_id: String,
+    done: String,
+}
 
 pub(crate) fn run(setup: &Setup, command: KmsCommand) -> Result {
     let dir = &setup.kms_dir;
@@ -19,7 +66,7 @@ pub(crate) fn run(setup: &Setup, command: KmsCommand) -> Result {
             let grants: Vec<&str> = grant.iter().map(String::as_str).collect();
             let key = LocalKms::create_or_open(dir)?.create_key(&region, &grants)?;
             return if setup.json {
-                output::json(&json!({ "cmk_key_id": key }))
+                output::json(&Created { cmk_key_id: key })
             } else {
                 output::line(key)
             };
@@ -70,28 +117,14 @@ pub(crate) fn run(setup: &Setup, command: KmsCommand) -> Result {
         }
     };
     if setup.json {
-        return output::json(&json!({ "cmk_key_id": key, "done": done }));
+        return output::json(&Changed { cmk_key_id: key, done });
     }
     output::line(format_args!("{key}: {done}"))
 }
 
 fn list(setup: &Setup, keys: &[LocalKeyInfo]) -> Result {
     if setup.json {
-        let keys: Vec<_> = keys
-            .iter()
-            .map(|key| {
-                json!({
-                    "cmk_key_id": key.key_id,
-                    "region_id": key.region_id,
-                    "state": state_word(key.state),
-                    "deletion_day": key.deletion_day.map(day),
-                    "versions": key.versions,
-                    "grants": key.grants,
-                    "created": output::moment(key.created_us),
-                })
-            })
-            .collect();
-        return output::json(&json!({ "keys": keys }));
+        return output::json(&Listed { keys: keys.iter().map(Key::from).collect() });
     }
     let mut table =
         output::table(&["key", "region", "state", "versions", "grants", "created"], &[3]);
@@ -112,16 +145,6 @@ fn list(setup: &Setup, keys: &[LocalKeyInfo]) -> Result {
         ]);
     }
     output::print_table(&table)
-}
-
-fn state_word(state: LocalKeyState) -> &'static str {
-    match state {
-        LocalKeyState::Enabled => "enabled",
-        LocalKeyState::Disabled => "disabled",
-        LocalKeyState::PendingDeletion { .. } => "pending_deletion",
-        LocalKeyState::Deleted => "deleted",
-        _ => "unknown",
-    }
 }
 
 /// Formats a number of days since 1970-01-01 as a date.

@@ -4,7 +4,6 @@ use envelog::{
     EncryptConf, LogstoreConfig, LogstoreName, LogstoreSpec, RotateDataKey, admin::DeleteReport,
 };
 use serde::Serialize;
-use serde_json::json;
 
 use super::confirm;
 use crate::{
@@ -20,6 +19,12 @@ struct Deleted<'a> {
     deleted: &'a LogstoreName,
     #[serde(flatten)]
     report: &'a DeleteReport,
+}
+
+/// The answer of `list`.
+#[derive(Serialize)]
+struct Listed {
+    logstores: Vec<LogstoreName>,
 }
 
 pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
@@ -86,7 +91,7 @@ pub(crate) fn update(setup: &Setup, args: &UpdateArgs) -> Result {
 pub(crate) fn list(setup: &Setup) -> Result {
     let names = setup.open_read_only()?.list()?;
     if setup.json {
-        return output::json(&json!({ "logstores": names }));
+        return output::json(&Listed { logstores: names });
     }
     names.iter().try_for_each(output::line)
 }

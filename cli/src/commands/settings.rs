@@ -1,5 +1,6 @@
 //! `settings`.
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
@@ -8,6 +9,27 @@ use crate::{
     settings::{Given, Setting, text_of},
     setup::Setup,
 };
+
+/// The answer of `settings`.
+#[derive(Serialize)]
+struct Answer<'a> {
+    settings: Vec<InForce<'a>>,
+}
+
+/// A setting, and where it comes from.
+#[derive(Serialize)]
+struct InForce<'a> {
+    name: &'a str,
+    value: &'a Value,
+    source: &'static str,
+    place: Option<String>,
+}
+
+impl<'a> From<&'a Setting> for InForce<'a> {
+    fn from(Setting { name, value, source }: &'a Setting) -> Self {
+        Self { name, value, source: source.word(), place: source.place(name) }
+    }
+}
 
 /// Prints the settings in force. Fails if the engine would refuse them.
 pub(crate) fn run(setup: &Setup, given: &Given) -> Result {
@@ -32,14 +54,7 @@ fn derived(setup: &Setup, mut setting: Setting) -> Setting {
 
 fn print(setup: &Setup, settings: &[Setting]) -> Result {
     if setup.json {
-        let settings: Vec<_> = settings
-            .iter()
-            .map(|Setting { name, value, source }| {
-                let (source, place) = (source.word(), source.place(name));
-                json!({ "name": name, "value": value, "source": source, "place": place })
-            })
-            .collect();
-        return output::json(&json!({ "settings": settings }));
+        return output::json(&Answer { settings: settings.iter().map(InForce::from).collect() });
     }
     let mut table = output::table(&["setting", "value", "source"], &[]);
     for Setting { name, value, source } in settings {

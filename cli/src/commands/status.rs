@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use comfy_table::Cell;
 use envelog::{
-    Cmk, KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store, admin::DataKeyStatus,
+    Cmk, KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store,
+    admin::{AnchorStatus, DataKeyStatus, ReserveStatus, RetentionStatus},
+    ids::StoreId,
+    metrics::KmsMetrics,
 };
 use jiff::SignedDuration;
 use serde::Serialize;
-use serde_json::json;
 
 use super::retain::SUSPENDED;
 use crate::{
@@ -48,21 +50,21 @@ fn print(
     failed: &[(LogstoreName, Failure)],
 ) -> Result {
     if setup.json {
-        return output::json(&json!({
-            "store": output::path(&setup.store),
-            "store_id": store.id(),
-            "service_key": ServiceKey {
+        let failed = failed.iter().map(|(name, error)| Unread { name, error });
+        return output::json(&Answer {
+            store: output::path(&setup.store),
+            store_id: store.id(),
+            service_key: ServiceKey {
                 status: store.keys().service_key_status(),
                 cmk: store.keys().service_cmk(),
             },
-            "logstores": all,
-            "anchor": store.admin().anchor_status(),
-            "retention": store.admin().retention_status(),
-            "reserve": store.admin().reserve_status(),
-            "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
-            // The KMS calls include those made above for the states.
-            "kms": store.metrics().kms,
-        }));
+            logstores: all,
+            anchor: store.admin().anchor_status(),
+            retention: store.admin().retention_status(),
+            reserve: store.admin().reserve_status(),
+            failed: failed.collect(),
+            kms: store.metrics().kms,
+        });
     }
     let mut table = output::table(
         &[
@@ -171,6 +173,28 @@ fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
         }
     }
     Ok(())
+}
+
+/// The answer of `status`.
+#[derive(Serialize)]
+struct Answer<'a> {
+    store: String,
+    store_id: StoreId,
+    service_key: ServiceKey,
+    logstores: &'a [LogstoreStatus],
+    anchor: AnchorStatus,
+    retention: RetentionStatus,
+    reserve: ReserveStatus,
+    failed: Vec<Unread<'a>>,
+    /// The calls, including those for the states.
+    kms: KmsMetrics,
+}
+
+/// A Logstore that could not be read.
+#[derive(Serialize)]
+pub(super) struct Unread<'a> {
+    pub(super) name: &'a LogstoreName,
+    pub(super) error: &'a Failure,
 }
 
 /// The state of the service key, with the master key that its keyring is under.

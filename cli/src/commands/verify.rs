@@ -9,9 +9,9 @@ use envelog::{
         VerifyReport,
     },
 };
-use serde_json::json;
+use serde::Serialize;
 
-use super::{confirm, logstore};
+use super::{confirm, logstore, status::Unread};
 use crate::{
     args::{OutArgs, RepairArgs, VerifyArgs},
     commands::keys::write_new,
@@ -20,6 +20,13 @@ use crate::{
     output::{self, Progress},
     setup::{Setup, name},
 };
+
+/// The answer of `checkpoint`.
+#[derive(Serialize)]
+struct Written<'a> {
+    checkpoint: String,
+    failed: Vec<Unread<'a>>,
+}
 
 pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     let against = match &args.against {
@@ -73,15 +80,11 @@ fn verdict(report: &VerifyReport) -> Result {
             let more = others(report.faults.len(), "fault");
             let advice =
                 "restore it from a backup, or accept the loss: see `envelog repair --help`";
-            Err(Failure::new(status, first.kind, format!("{}{more}; {advice}", first.message)))
+            Err(Failure::new(status, first.code, format!("{}{more}; {advice}", first.message)))
         }
         (_, _, Some((_, error))) => {
             let more = others(report.refused.len(), "Logstore");
-            Err(Failure::new(
-                status,
-                error.code(),
-                format!("{error}{more}; without keys, --keyless verifies"),
-            ))
+            Err(Failure::of(error, format!("{error}{more}; without keys, --keyless verifies")))
         }
         (status, ..) => Err(Failure::new(status, "failed", "the verification failed")),
     }
@@ -111,10 +114,10 @@ pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
         .map(|(name, error)| (name, Failure::from(error.clone()).about(name)))
         .collect();
     if setup.json {
-        output::json(&json!({
-            "checkpoint": output::path(&args.out),
-            "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
-        }))?;
+        output::json(&Written {
+            checkpoint: output::path(&args.out),
+            failed: failed.iter().map(|(name, error)| Unread { name, error }).collect(),
+        })?;
     } else {
         output::line(format_args!("wrote {}: keep it away from the store", args.out.display()))?;
     }

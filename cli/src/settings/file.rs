@@ -35,7 +35,7 @@ struct Entry {
 impl SettingsFile {
     /// Reads a file with settings of this command line.
     pub(super) fn read(path: &Path, command: &Command) -> exit::Result<Self> {
-        let text = input::read_text(path)?;
+        let text = input::read_text(path).map_err(|failure| failure.with_status(Status::Usage))?;
         let entries = parse(&text, command).map_err(|(line, why)| {
             let message = format!("{}:{line}: {why}", path.display());
             Failure::new(Status::Usage, "settings", message)

@@ -200,14 +200,15 @@ impl Out {
         said["envelog: ".len()..].to_owned()
     }
 
-    /// Like [`Out::sentence`] with `--json`: returns the kind and the sentence.
+    /// Like [`Out::sentence`] with `--json`: returns the code and the sentence.
     pub(crate) fn json_error(&self, status: i32) -> (String, String) {
         self.assert(status);
         let said: Value = serde_json::from_str(&self.stderr)
             .unwrap_or_else(|error| panic!("{error}: {}", self.stderr));
         assert_eq!(said.as_object().unwrap().len(), 1, "{said}");
         let text = |field: &str| said["error"][field].as_str().unwrap().to_owned();
-        (text("kind"), text("message"))
+        assert!(!text("kind").is_empty());
+        (text("code"), text("message"))
     }
 }
 

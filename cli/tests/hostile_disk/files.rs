@@ -615,7 +615,7 @@ fn one_unreadable_logstore_hides_no_other_in_status() {
     let shown: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(shown["logstores"][0]["name"], "p/b");
     assert_eq!(
-        (&shown["failed"][0]["name"], &shown["failed"][0]["error"]["kind"]),
+        (&shown["failed"][0]["name"], &shown["failed"][0]["error"]["code"]),
         (&"p/a".into(), &"wrong_file_type".into())
     );
     remove(&segment);

@@ -275,7 +275,7 @@ fn followers(small: bool) {
     let world = World::new();
     let logstore = world.create("app/plain", service_key());
     let quiet = world.create("app/quiet", service_key());
-    logstore.append(&group_of(LINES.as_bytes(), 1), &AppendOptions::default()).unwrap();
+    logstore.append(group_of(LINES.as_bytes(), 1), &AppendOptions::default()).unwrap();
     let runtime = runtime();
     let before = threads();
     for _ in 0..count {
@@ -303,7 +303,7 @@ fn followers(small: bool) {
         .map(|_| {
             let began = Instant::now();
             let options = AppendOptions::default().durability(envelog::Durability::Written);
-            logstore.append(&group_of(LINES.as_bytes(), 1), &options).unwrap();
+            logstore.append(group_of(LINES.as_bytes(), 1), &options).unwrap();
             received.recv().unwrap() - began
         })
         .collect();

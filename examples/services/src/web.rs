@@ -107,9 +107,12 @@ impl IntoResponse for Refusal {
             ErrorKind::Revoked => (StatusCode::FORBIDDEN, None),
             ErrorKind::KmsUnreachable => (StatusCode::SERVICE_UNAVAILABLE, Some("5")),
             ErrorKind::NoRoom => (StatusCode::INSUFFICIENT_STORAGE, None),
+            ErrorKind::Unavailable | ErrorKind::Closed => {
+                (StatusCode::SERVICE_UNAVAILABLE, Some("30"))
+            }
             _ => (StatusCode::INTERNAL_SERVER_ERROR, None),
         };
-        let body = json!({ "error": self.0.code(), "message": self.0.to_string() });
+        let body = json!({ "error": self.0 });
         let mut response = (status, Json(body)).into_response();
         if let Some(seconds) = retry_after_s {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static(seconds));

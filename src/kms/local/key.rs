@@ -43,6 +43,18 @@ pub enum LocalKeyState {
     Deleted,
 }
 
+impl LocalKeyState {
+    /// The state as a word for programs: `enabled`, `disabled`, `pending_deletion`, `deleted`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Enabled => "enabled",
+            Self::Disabled => "disabled",
+            Self::PendingDeletion { .. } => "pending_deletion",
+            Self::Deleted => "deleted",
+        }
+    }
+}
+
 impl fmt::Display for LocalKeyState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

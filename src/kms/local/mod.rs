@@ -72,10 +72,10 @@ use wrapped::{Blob, NONCE, blob_head, wrap_cipher};
 ///
 /// As a [`Kms`] it answers:
 ///
-/// - [`KmsError::Revoked`], in this order: `Deleted` if the region has no such key (or only another
-///   region has it) or the key is deleted; `NotPermitted` if the role has no grant;
-///   `PendingDeletion`; `Disabled`.
-/// - [`KmsError::Unreachable`] if the directory is absent or cannot be read.
+/// - [`KmsError::Revoked`], in this order: `Deleted` if the region has keys, but not this one, or the
+///   key is deleted; `NotPermitted` if the role has no grant; `PendingDeletion`; `Disabled`.
+/// - [`KmsError::Unreachable`] if the directory is absent or cannot be read, or if it has no key of the
+///   region: a directory whose keys are all gone is a damaged KMS, and no decision of the customer.
 /// - [`KmsError::Invalid`] if a file in it is damaged, or the wrapped key is damaged or was made
 ///   under another key or for another context.
 ///
@@ -178,10 +178,14 @@ impl LocalKms {
         let key = match self.load(cmk_key_id) {
             Ok(key) if key.region_id == *region_id => key,
             Ok(_) | Err(LocalKmsError::NotFound { .. }) => {
-                return Err(KmsError::revoked(
-                    RevokedReason::Deleted,
-                    format!("no key {cmk_key_id} in region {region_id}"),
-                ));
+                // Only a KMS of the region can tell that the key does not exist.
+                return Err(if self.try_serves(region_id)? {
+                    let detail = format!("no key {cmk_key_id} in region {region_id}");
+                    KmsError::revoked(RevokedReason::Deleted, detail)
+                } else {
+                    let dir = self.dir.display();
+                    KmsError::unreachable(format!("{dir} has no key of region {region_id}"))
+                });
             }
             Err(error) => return Err(error.into()),
         };

@@ -351,6 +351,30 @@ fn rotation_keeps_old_versions() {
     }
 }
 
+/// The answer does not depend on whether the process knew the KMS before.
+#[test]
+fn a_directory_whose_keys_are_all_gone_is_no_deletion() {
+    let setup = Setup::new();
+    let wrapped = setup.wrap().unwrap();
+    let second = Setup::new();
+    let router = |kms: &[&Setup]| {
+        let all: Vec<Arc<dyn Kms>> = kms.iter().map(|it| Arc::new(it.kms.clone()) as _).collect();
+        KmsRouter::new(&all, Duration::from_secs(9), true, Arc::new(SystemClock))
+    };
+    let running = router(&[&setup]).serving_or_later(REGION);
+    running.unwrap(&setup.cmk, setup.context.clone(), &wrapped).unwrap();
+    let path = setup.kms.key_path(setup.id());
+    fs::rename(&path, away(&path)).unwrap();
+    for kms in [running, router(&[&setup]).serving_or_later(REGION)] {
+        let answer = kms.unwrap(&setup.cmk, setup.context.clone(), &wrapped);
+        assert!(matches!(answer, Err(KmsError::Unreachable { .. })), "{answer:?}");
+    }
+    // Another KMS that has keys of the region can tell.
+    let both = router(&[&setup, &second]).serving_or_later(REGION);
+    let answer = both.unwrap(&setup.cmk, setup.context.clone(), &wrapped);
+    assert!(matches!(answer, Err(KmsError::Revoked { .. })), "{answer:?}");
+}
+
 #[test]
 fn unknown_keys_and_other_regions_are_deleted_keys() {
     let mut setup = Setup::new();
@@ -358,6 +382,9 @@ fn unknown_keys_and_other_regions_are_deleted_keys() {
     assert!(setup.kms.serves(REGION));
     assert!(!setup.kms.serves("cn-beijing"));
     setup.cmk.region_id = "cn-beijing".to_owned();
+    // A KMS without a key of the region is not the KMS of the region.
+    assert!(matches!(setup.unwrap(&wrapped), Err(KmsError::Unreachable { .. })));
+    setup.kms.create_key("cn-beijing", &[ROLE]).unwrap();
     setup.assert_revoked(&wrapped, RevokedReason::Deleted);
     setup.cmk.region_id = REGION.to_owned();
     for id in [

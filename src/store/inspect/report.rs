@@ -54,8 +54,9 @@ pub struct VerifyFault {
     pub block: Option<u32>,
     /// The offset in bytes.
     pub offset: Option<u64>,
-    /// The code of the error: `corrupt`, `tampered`, `wrong_key`, `truncated`, `rolled_back`, …
-    pub kind: &'static str,
+    /// The [code](Error::code) of the error: `corrupt`, `tampered`, `wrong_key`, `truncated`,
+    /// `rolled_back`, …
+    pub code: &'static str,
     /// A sentence about the fault.
     pub message: String,
 }
@@ -78,7 +79,7 @@ impl VerifyFault {
             file: file.cloned(),
             block: at.and_then(|at| at.block),
             offset: at.map(|at| at.offset),
-            kind: error.code(),
+            code: error.code(),
             message: error.to_string(),
         }
     }
@@ -87,7 +88,7 @@ impl VerifyFault {
 /// The result of a verification.
 ///
 /// As JSON it has the fields of this struct, and `ok`, whether it has neither faults nor refusals.
-/// Each refusal has the fields `logstore`, `kind` and `message`.
+/// Each refusal has the fields `logstore`, `code`, `kind` and `message`.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct VerifyReport {

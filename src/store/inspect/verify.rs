@@ -412,7 +412,7 @@ impl Verification<'_> {
             if let Some(loss) = loss {
                 // The operator has accepted these faults.
                 let is_covered = |fault: &VerifyFault| {
-                    loss.tampered || matches!(fault.kind, "corrupt" | "truncated")
+                    loss.tampered || matches!(fault.code, "corrupt" | "truncated")
                 };
                 let found = self.report.faults.split_off(faults.min(self.report.faults.len()));
                 self.report.faults.extend(found.into_iter().filter(|fault| !is_covered(fault)));

@@ -217,18 +217,14 @@ impl From<Error> for KmsOrEngine {
 }
 
 impl KmsOrEngine {
-    /// The error of an operation that needs a new envelope. A KMS that refuses the master key
-    /// makes the configuration invalid.
+    /// The error of an operation that needs a new envelope.
     pub(crate) fn refusing(self, name: &LogstoreName, cmk: &Cmk) -> Error {
         let (logstore, cmk_id, region) =
             (name.clone(), cmk.cmk_key_id.clone(), cmk.region_id.clone());
         match self {
             KmsOrEngine::Engine(error) => error,
             KmsOrEngine::Kms(KmsError::Revoked { reason, detail }) => {
-                Error::Config(ConfigError::CmkRefused {
-                    cmk: cmk_id,
-                    detail: format!("it is {reason} ({detail})"),
-                })
+                Error::Config(ConfigError::CmkRefused { cmk: cmk_id, reason, detail })
             }
             KmsOrEngine::Kms(KmsError::Invalid { detail }) => {
                 Error::KmsInvalid { logstore, cmk: cmk_id, detail }

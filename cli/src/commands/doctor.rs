@@ -1,0 +1,371 @@
+//! `doctor`: looks for everything that needs an action.
+
+use std::{
+    collections::BTreeSet,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use comfy_table::Cell;
+use envelog::{
+    Cmk, Error, ErrorKind, KeyState, KeyStatus, Logstore, LogstoreName, ProbeMode, Store,
+    crypto::memory_lock_status,
+};
+use rustix::fs::{Access, access, statvfs};
+use serde::Serialize;
+
+use crate::{
+    exit::{Failure, Result, Status, both},
+    output,
+    setup::{Setup, names},
+    values::show_duration,
+};
+
+/// Fewer free inodes than this need an action.
+const INODES_MIN: u64 = 1000;
+/// A wall clock that is further behind the newest time that the store trusts needs an action.
+const CLOCK_BEHIND_MAX: Duration = Duration::from_secs(3600);
+/// No clock of a machine that runs this program is right before this time: 2025-01-01.
+const CLOCK_MIN_US: u64 = 1_735_689_600_000_000;
+
+/// The answer of `doctor`.
+#[derive(Serialize)]
+struct Answer {
+    /// Whether no finding needs an action.
+    ok: bool,
+    findings: Vec<Finding>,
+}
+
+/// What was found about one subject.
+#[derive(Serialize)]
+struct Finding {
+    subject: &'static str,
+    /// The Logstore, if the finding concerns one.
+    logstore: Option<LogstoreName>,
+    found: String,
+    /// What to do. `None` if nothing has to be done.
+    action: Option<String>,
+}
+
+impl Finding {
+    fn fine(subject: &'static str, found: impl Into<String>) -> Self {
+        Self { subject, logstore: None, found: found.into(), action: None }
+    }
+
+    fn acts(subject: &'static str, found: impl Into<String>, action: impl Into<String>) -> Self {
+        Self { action: Some(action.into()), ..Self::fine(subject, found) }
+    }
+
+    /// A finding about an error of the engine.
+    fn error(subject: &'static str, error: &Error) -> Self {
+        Self::acts(subject, error.to_string(), action_of(error))
+    }
+
+    fn of(self, name: &LogstoreName) -> Self {
+        Self { logstore: Some(name.clone()), ..self }
+    }
+}
+
+/// What the kind of an error asks an operator to do.
+fn action_of(error: &Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::Integrity => {
+            "run `envelog verify`; restore a backup, or accept the loss with `envelog repair`"
+        }
+        ErrorKind::Revoked => "the owner of the key has to allow it again",
+        ErrorKind::KmsUnreachable => {
+            "check the KMS, the network, and the credentials of this service"
+        }
+        ErrorKind::NoRoom => "make room on the disk",
+        ErrorKind::Io => "check the disk and the permissions",
+        ErrorKind::NotFound => "name the store with --store, or create it with `envelog create`",
+        ErrorKind::Bug => "report it to the developers of envelog",
+        _ => "correct what the message names",
+    }
+}
+
+pub(crate) fn run(setup: &Setup) -> Result {
+    let mut findings = vec![settings(setup), clock(None), memory()];
+    match setup.builder().open_read_only() {
+        Ok(store) => {
+            findings.push(Finding::fine("store", setup.store.display().to_string()));
+            findings.extend(of_store(setup, &store));
+        }
+        // The finding about the settings has it.
+        Err(Error::InvalidArgument(_)) => {}
+        // The error may be about the keyring, the anchor, or the KMS of the service key.
+        Err(error) => findings.push(Finding::error("store", &error)),
+    }
+    findings.extend(directories(setup));
+    let actions = findings.iter().filter(|finding| finding.action.is_some()).count();
+    let answer = Answer { ok: actions == 0, findings };
+    let printed = if setup.json { output::json(&answer) } else { print(&answer.findings) };
+    let verdict = match actions {
+        0 => Ok(()),
+        1 => Err("1 finding needs an action".to_owned()),
+        _ => Err(format!("{actions} findings need an action")),
+    };
+    both(printed, verdict.map_err(|said| Failure::new(Status::Other, "action_needed", said)))
+}
+
+/// The findings about an open store.
+fn of_store(setup: &Setup, store: &Store) -> Vec<Finding> {
+    let mut findings = vec![keyring(setup, store), anchor(store), audit(store), backup()];
+    let retention = store.admin().retention_status();
+    findings.extend(retention.trusted_us.map(|trusted_us| clock(Some(trusted_us))));
+    if retention.suspended {
+        findings.push(Finding::acts(
+            "retention",
+            "retention by age is suspended: the clock is more than 24 h ahead of the last trusted time",
+            "correct the clock; if it is right, run `envelog retain --trust-clock`",
+        ));
+    }
+    if store.keys().is_service_rotation_unfinished() {
+        findings.push(Finding::acts(
+            "service key",
+            "a rotation is unfinished, and older versions are accepted",
+            "run `envelog keys rotate-service` again",
+        ));
+    }
+    match names(store, None) {
+        Ok(names) => findings.extend(logstores(store, &names)),
+        Err(failure) => {
+            findings.push(Finding::acts("Logstores", failure.to_string(), "run `envelog verify`"))
+        }
+    }
+    findings
+}
+
+fn settings(setup: &Setup) -> Finding {
+    match setup.options.check() {
+        Ok(()) => Finding::fine("settings", "valid"),
+        Err(error) => Finding::acts("settings", error.to_string(), "correct the setting"),
+    }
+}
+
+/// The wall clock, compared with the newest time that the store trusts, if there is one.
+fn clock(trusted_us: Option<u64>) -> Finding {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now_us = u64::try_from(now.as_micros()).unwrap_or(u64::MAX);
+    let behind = Duration::from_micros(trusted_us.unwrap_or(CLOCK_MIN_US).saturating_sub(now_us));
+    let limit = trusted_us.map_or(Duration::ZERO, |_| CLOCK_BEHIND_MAX);
+    let now = output::moment(now_us);
+    if behind <= limit {
+        return Finding::fine("clock", now);
+    }
+    let behind = show_duration(Duration::from_secs(behind.as_secs()));
+    let than = match trusted_us {
+        Some(trusted_us) => {
+            format!("the newest time that the store trusts, {}", output::moment(trusted_us))
+        }
+        None => "any right clock".to_owned(),
+    };
+    Finding::acts("clock", format!("{now}, {behind} behind {than}"), "correct the clock (NTP)")
+}
+
+/// Whether the memory for keys is kept out of the swap.
+fn memory() -> Finding {
+    // Keys are drawn and wiped again, so that there is memory to look at.
+    let _probe = envelog::crypto::SecretKey::from_bytes(&mut [0; 32]);
+    match memory_lock_status().unlocked_bytes {
+        0 => Finding::fine("memory", "keys are locked in memory"),
+        _ => Finding::acts(
+            "memory",
+            "the system does not let this process lock the memory of keys, which may reach the swap",
+            "raise the limit of locked memory (`ulimit -l`, LimitMEMLOCK= of systemd)",
+        ),
+    }
+}
+
+fn keyring(setup: &Setup, store: &Store) -> Finding {
+    let path = setup.keyring.display();
+    let Some(cmk) = store.keys().service_cmk() else {
+        return Finding::fine("keyring", format!("{path}, under no master key"));
+    };
+    let status = store.keys().service_key_status();
+    let under = format!("{path}, under master key {}", cmk.cmk_key_id);
+    refusal(&status, "keyring", &under).unwrap_or_else(|| Finding::fine("keyring", under))
+}
+
+/// The finding about a key that is refused or whose KMS does not answer.
+fn refusal(status: &KeyStatus, subject: &'static str, key: &str) -> Option<Finding> {
+    let why = status.state.reason().unwrap_or_default();
+    let action = match &status.state {
+        KeyState::Revoked { .. } => "the owner of the key has to allow it again in the KMS",
+        KeyState::Outage { .. } => {
+            "check the KMS, the network, and the credentials of this service"
+        }
+        _ => return None,
+    };
+    Some(Finding::acts(subject, format!("{key}: {}: {why}", status.state.name()), action))
+}
+
+fn anchor(store: &Store) -> Finding {
+    let status = store.admin().anchor_status();
+    match (status.anchored, status.configured, status.records_behind) {
+        (false, ..) => {
+            Finding::fine("anchor", "none: a rollback of the whole store is not detected")
+        }
+        (true, false, _) => Finding::acts(
+            "anchor",
+            "the store has an anchor, and none is given: a rollback is not detected",
+            "name it with --anchor",
+        ),
+        (true, true, Some(0) | None) => Finding::fine("anchor", "up to date"),
+        (true, true, Some(records)) => Finding::fine(
+            "anchor",
+            format!(
+                "{records} records behind the catalogue; the writer brings it up to date within seconds, and at its close"
+            ),
+        ),
+    }
+}
+
+fn audit(store: &Store) -> Finding {
+    match store.keys().verify_audit(None) {
+        Ok(found) => match found.fault {
+            None => Finding::fine("key audit log", format!("{} records, sound", found.head.number)),
+            Some(fault) => Finding::error("key audit log", &fault),
+        },
+        Err(error) => Finding::error("key audit log", &error),
+    }
+}
+
+/// The age of the last backup. The store has no record of its backups, so this is a reminder.
+fn backup() -> Finding {
+    Finding::fine("backup", "the store has no record of its backups: see docs/operations.md")
+}
+
+/// The findings about the Logstores, and about the master keys that they are under.
+fn logstores(store: &Store, names: &[LogstoreName]) -> Vec<Finding> {
+    let (mut findings, mut asked, mut sound) = (Vec::new(), BTreeSet::new(), 0);
+    for name in names {
+        match store.logstore(name) {
+            Ok(logstore) => {
+                let found = of_logstore(&logstore, &mut asked);
+                sound += u64::from(found.is_empty());
+                findings.extend(found.into_iter().map(|finding| finding.of(name)));
+            }
+            Err(error) => findings.push(Finding::error("Logstore", &error).of(name)),
+        }
+    }
+    let found =
+        format!("{} of {} need nothing", output::count(sound), output::count(names.len() as u64));
+    findings.push(Finding::fine("Logstores", found));
+    findings
+}
+
+/// The findings about one Logstore. Each master key that Logstores share is asked once.
+fn of_logstore(logstore: &Logstore, asked: &mut BTreeSet<Cmk>) -> Vec<Finding> {
+    let config = logstore.config();
+    let cmk = config.encrypt_conf.and_then(|conf| conf.user_cmk_info);
+    let mut findings = Vec::new();
+    if let Some(cmk) = cmk
+        && (asked.insert(cmk.clone()) || config.probe == ProbeMode::Own)
+    {
+        // A refusal shows in the status.
+        let _ = logstore.revalidate_now();
+        let key = format!("master key {} in {}", cmk.cmk_key_id, cmk.region_id);
+        findings.extend(refusal(&logstore.key_status(), "master key", &key));
+    }
+    match logstore.status() {
+        Ok(status) if status.unreadable_segments > 0 => {
+            let found = format!("{} segments cannot be read", status.unreadable_segments);
+            let action =
+                "run `envelog verify`; restore a backup, or accept the loss with `envelog repair`";
+            findings.push(Finding::acts("Logstore", found, action));
+        }
+        Ok(_) => {}
+        Err(error) => findings.push(Finding::error("Logstore", &error)),
+    }
+    findings
+}
+
+/// The findings about the directories: permissions and free space.
+fn directories(setup: &Setup) -> Vec<Finding> {
+    let beside = |path: &Path| path.parent().map(Path::to_owned);
+    let keyring = beside(&setup.keyring).filter(|dir| !dir.as_os_str().is_empty());
+    let mut findings = Vec::new();
+    let (mut roots, mut devices) = (vec![setup.store.clone()], BTreeSet::new());
+    roots.extend(keyring);
+    roots.extend(setup.anchor().map(Path::to_owned));
+    for root in roots {
+        // What is missing was reported as an error of the store.
+        let Ok(metadata) = root.metadata() else { continue };
+        if root == setup.store {
+            findings.push(permissions(setup, &root, metadata.mode()));
+        }
+        if devices.insert(metadata.dev()) {
+            findings.push(space(setup, &root));
+        }
+    }
+    findings
+}
+
+fn permissions(setup: &Setup, dir: &Path, mode: u32) -> Finding {
+    let subject = "permissions";
+    let mode = mode & 0o7777;
+    let shown = format!("{} has mode {mode:04o}", dir.display());
+    let allowed = if setup.options.group_read { 0o750 } else { 0o700 };
+    if mode & 0o777 & !allowed != 0 {
+        let action = format!("run `chmod {allowed:o} {}`", dir.display());
+        return Finding::acts(subject, format!("{shown}: other users have a right to it"), action);
+    }
+    match access(dir, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK) {
+        Ok(()) => Finding::fine(subject, shown),
+        Err(error) => Finding::acts(
+            subject,
+            format!("{shown}, and this user cannot write there: {error}"),
+            "run envelog as the user that the directory belongs to",
+        ),
+    }
+}
+
+/// The free space of the file system of a directory.
+fn space(setup: &Setup, dir: &PathBuf) -> Finding {
+    let subject = "disk space";
+    let free = match statvfs(dir) {
+        Ok(free) => free,
+        Err(error) => {
+            let found = format!("{}: {error}", dir.display());
+            return Finding::acts(subject, found, "check the disk");
+        }
+    };
+    let bytes = free.f_bavail.saturating_mul(free.f_frsize);
+    let all = free.f_blocks.saturating_mul(free.f_frsize);
+    let found = format!("{}: {} of {} free", dir.display(), output::size(bytes), output::size(all));
+    // Two segments, and a hundredth of the disk.
+    let needed = setup.options.segment_bytes.saturating_mul(2).max(all / 100);
+    let action = "make room: delete other files, or have `envelog retain` drop old logs";
+    if bytes < needed {
+        return Finding::acts(
+            subject,
+            format!("{found}, less than {}", output::size(needed)),
+            action,
+        );
+    }
+    // A file system without a table of inodes reports zero of them.
+    if free.f_files > 0 && free.f_favail < INODES_MIN {
+        return Finding::acts(subject, format!("{found}, {} inodes free", free.f_favail), action);
+    }
+    Finding::fine(subject, found)
+}
+
+fn print(findings: &[Finding]) -> Result {
+    let mut table = output::table(&["subject", "state", "found", "what to do"], &[]);
+    for Finding { subject, logstore, found, action } in findings {
+        let subject = match logstore {
+            Some(name) => format!("{subject}\n{name}"),
+            None => (*subject).to_owned(),
+        };
+        let is_fine = action.is_none();
+        table.add_row([
+            Cell::new(subject),
+            output::verdict(if is_fine { "fine" } else { "ACT" }, is_fine),
+            Cell::new(found),
+            Cell::new(action.as_deref().unwrap_or("-")),
+        ]);
+    }
+    output::print_table(&table)
+}
