@@ -102,9 +102,10 @@ pub mod admin {
         logstore::DataKeyStatus,
         shard::{AcceptedLoss, RecoveryNotice, RepairOptions, RepairReport},
         store::{
-            Anchor, AnchorPlace, AnchorStatus, Checkpoint, CmkVersionUsage, DataKeyUsage,
-            DeleteReport, DirAnchor, KeyNeed, KeyUsage, MasterKeyUsage, RecoverReport, Recoverable,
-            ReplaceCmk, RetainOptions, RetentionReport, RetentionStatus, RewrapOptions,
+            Anchor, AnchorPlace, AnchorStatus, BackupOptions, BackupReport, Checkpoint,
+            CmkVersionUsage, CopyProgress, DataKeyUsage, DeleteReport, DirAnchor, KeyNeed,
+            KeyUsage, MasterKeyUsage, RecoverReport, Recoverable, ReplaceCmk, RestoreOptions,
+            RestoreReport, RetainOptions, RetentionReport, RetentionStatus, RewrapOptions,
             RewrapProgress, RewrapReport, ServiceKeyUsage, ServiceRotation, VerifyFault,
             VerifyOptions, VerifyProgress, VerifyReport,
         },

@@ -14,7 +14,7 @@ use std::{
 use common::{ROLE, Running, World, byok, made_lines, service};
 use serde_json::Value;
 
-const COMMANDS: [&[&str]; 19] = [
+const COMMANDS: [&[&str]; 21] = [
     &["demo"],
     &["create"],
     &["get"],
@@ -28,6 +28,8 @@ const COMMANDS: [&[&str]; 19] = [
     &["verify"],
     &["checkpoint"],
     &["inspect"],
+    &["backup"],
+    &["restore"],
     &["keys"],
     &["kms"],
     &["bench"],

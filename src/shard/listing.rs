@@ -2,7 +2,7 @@
 
 use std::{ops::Range, path::Path, sync::Arc};
 
-use super::{active::ActiveView, record::ShardRecord};
+use super::{active::ActiveView, record::ShardRecord, writer::RESERVED_SEQS};
 use crate::{
     Error, Result,
     error::Location,
@@ -36,6 +36,11 @@ impl SegmentRef {
     /// The last ordinal: its own, unless several segments are missing.
     pub(crate) fn last_ordinal(&self) -> u64 {
         self.missing_to.unwrap_or(self.ordinal)
+    }
+
+    /// The first sequence number that a segment of this name cannot have reserved.
+    pub(crate) fn limit_seq(&self) -> u64 {
+        self.first_seq.saturating_add(RESERVED_SEQS)
     }
 
     /// The error for segments that are missing.

@@ -31,6 +31,7 @@ mod budget;
 mod chain;
 mod commit;
 mod control;
+mod copying;
 mod follow;
 mod handover;
 mod hashing;
@@ -79,6 +80,7 @@ pub(crate) use chain::Proved;
 use commit::GroupCommit;
 pub(crate) use commit::LostGroups;
 pub(crate) use control::Paused;
+pub(crate) use copying::{CopySource, Extent};
 #[cfg(feature = "stream")]
 pub use follow::FollowStream;
 pub use follow::{Follow, WaitFor};

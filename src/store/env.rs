@@ -23,6 +23,8 @@ pub(crate) struct StoreEnv {
     pub(crate) options: StoreOptions,
     /// In a store that is open for writing, this disk checks the fence before each rename.
     pub(crate) disk: Arc<dyn Disk>,
+    /// The whole disk, for a directory outside the store.
+    pub(crate) outside: Arc<dyn Disk>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) random: Arc<dyn Random>,
     pub(crate) provider: Arc<dyn CryptoProvider>,
