@@ -454,3 +454,69 @@ fn damage_in_the_store_does_not_reach_a_backup_that_is_older() {
     assert_eq!(contents(&copy), whole);
     assert_sound(&copy, Some(checkpoint_in(&dir)));
 }
+
+/// Fails operations of a backup one at a time. The former backup, or the new one, is in the
+/// directory, and the next run completes it.
+#[test]
+fn an_interrupted_backup_leaves_the_former_one() {
+    let mut world = World::manual_in_memory();
+    let store = scene(&mut world);
+    let (former, dir) = (world.path().join("former"), world.path().join("backup"));
+    let options = BackupOptions::default().copy(true).prune(true);
+    back_up(&world, &former, &options);
+    let before = contents(&world.builder_at(&former).open_read_only().unwrap());
+    store.keys().rotate_data_key(&name("p/service")).unwrap();
+    fill(&world, &store, 20..30);
+    store.create_logstore(&name("p/new"), LogstoreSpec::default()).unwrap();
+    let after = contents(&store);
+    let (mut nth, mut failed, mut old) = (0, 0, 0);
+    loop {
+        for first in [false, true] {
+            if first {
+                let _ = fs::remove_dir_all(&dir);
+            } else {
+                copy_dir(&former, &dir);
+            }
+            let failure = failing::Failure::ALL[nth as usize % 3];
+            let disk = failing::FailingDisk::default();
+            let reader = world.builder().disk(std::sync::Arc::new(disk.clone()));
+            let reader = reader.open_read_only().unwrap();
+            disk.fail_after(nth, failure);
+            let done = reader.admin().backup(&dir, &options, &mut |_| {});
+            let has_failed = disk.has_failed();
+            drop(reader);
+            let context = format!("{failure:?} at {nth}, first {first}: {done:?}");
+            if !has_failed {
+                done.unwrap();
+                assert!(failed > 50 && old > 10, "{failed} {old}");
+                if first {
+                    return;
+                }
+                continue;
+            }
+            failed += 1;
+            match world.builder_at(&dir).open_read_only() {
+                Ok(copy) => {
+                    let found = contents(&copy);
+                    // Until the new catalogue is in force, the former one has new records too.
+                    let is_former = found.len() == before.len()
+                        && found.iter().zip(&before).all(|(found, before)| {
+                            let all =
+                                after.iter().find(|all| (&all.0, all.1) == (&found.0, found.1));
+                            found.2.starts_with(&before.2) && all.unwrap().2.starts_with(&found.2)
+                        });
+                    assert!(found == after || (!first && is_former), "{context}");
+                    assert_sound(&copy, None);
+                    old += u64::from(found != after);
+                }
+                Err(error) => assert!(first, "{context}: {error}"),
+            }
+            back_up(&world, &dir, &options);
+            let copy = world.builder_at(&dir).open_read_only().unwrap();
+            assert_eq!(contents(&copy), after, "{context}");
+            assert_sound(&copy, Some(checkpoint_in(&dir)));
+        }
+        // Each of the first operations, and a sample of the others.
+        nth += 1 + nth / 16;
+    }
+}

@@ -29,6 +29,19 @@ pub(crate) struct SegmentRef {
 }
 
 impl SegmentRef {
+    /// Segments from `first` to `last` that are missing. The one behind them begins at `first_seq`.
+    pub(super) fn gap(dir: &Path, first: u64, last: u64, first_seq: u64) -> Self {
+        Self {
+            ordinal: first,
+            missing_to: Some(last),
+            first_seq,
+            epoch: 0,
+            path: dir.join(format!("{first:010}-*.seg")).into(),
+            active: None,
+            sealed: None,
+        }
+    }
+
     pub(crate) fn is_missing(&self) -> bool {
         self.missing_to.is_some()
     }
@@ -130,15 +143,7 @@ fn missing(
             Some(loss) => last.min(loss.first - 1),
             None => last,
         };
-        segments.push(SegmentRef {
-            ordinal: first,
-            missing_to: Some(to),
-            first_seq,
-            epoch: 0,
-            path: dir.join(format!("{first:010}-*.seg")).into(),
-            active: None,
-            sealed: None,
-        });
+        segments.push(SegmentRef::gap(dir, first, to, first_seq));
         first = to + 1;
     }
     segments

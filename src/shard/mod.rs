@@ -444,9 +444,9 @@ impl Shard {
         self.list.make_names_durable()
     }
 
-    /// See [`SegmentList::remove_leftovers`].
+    /// See [`SegmentList::remove_leftovers`]. Leaves temporary files: the writer may be at work.
     pub(crate) fn remove_leftovers(&self) -> Result<(u64, u64)> {
-        self.list.remove_leftovers()
+        self.list.remove_leftovers(false)
     }
 
     /// See [`SegmentList::has_leftovers`].

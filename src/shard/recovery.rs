@@ -120,7 +120,7 @@ impl Recovery<'_> {
     }
 
     fn find_end(&self) -> Result<(Next, Option<RecoveryNotice>)> {
-        self.list.remove_leftovers()?;
+        self.list.remove_leftovers(true)?;
         self.list.ensure_directory()?;
         let segments = self.list.segments(false)?;
         let Some(last) = segments.last() else { return Ok((self.behind_record(), None)) };

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tracing::warn;
 
 use super::{
+    adoption::open_with_any_metadata,
     catalogue::{Change, Entry, LOGSTORES_MAX, STORE_SHARDS_MAX},
     core::Core,
     env::StoreEnv,
@@ -263,7 +264,7 @@ pub(super) fn repair(
     options: &RepairOptions,
 ) -> Result<RepairReport> {
     core.registry.check_writable()?;
-    let logstore = core.registry.logstore(name)?;
+    let logstore = open_with_any_metadata(core, name)?;
     let missing = || Error::ShardMissing { logstore: name.clone(), shard };
     let shard = logstore.shards.get(shard as usize).ok_or_else(missing)?;
     let mut losses = Vec::new();

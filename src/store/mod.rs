@@ -12,6 +12,7 @@
 //! - `env` is the immutable context. `catalogue`, `anchor`, `identity`, `scheduler`, `lock`,
 //!   `trusted_clock` and `removal` each have one mechanism.
 
+mod adoption;
 mod anchor;
 mod anchoring;
 mod assembly;

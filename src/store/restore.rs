@@ -293,7 +293,10 @@ impl Restore<'_> {
         if let Some(head) = cut {
             let head = Head { next_seq: floor, ..head };
             record.losses.retain(|loss| loss.last < head.ordinal);
-            record.losses.extend(self.given_up(shard.id(), &head, keys));
+            if let Some(loss) = self.given_up(shard.id(), head.ordinal, keys) {
+                let (from_seq, before) = (head.end_seq, Some(head.clone()));
+                record.losses.push(Loss { from_seq, end_seq: floor, before, ..loss });
+            }
             record.head = Some(head);
             return Ok(record);
         }
@@ -305,24 +308,33 @@ impl Restore<'_> {
             }
             (None, None) => record.first_seq = floor,
         }
+        if let Some(last) = segments.last()
+            && let Some(loss) = self.given_up(shard.id(), last.last_ordinal(), keys)
+        {
+            let head = record.head.clone().filter(|head| head.ordinal == last.ordinal);
+            let before = head.or_else(|| shard.head_of_copy().ok().flatten());
+            let from_seq = before.as_ref().map_or(last.first_seq, |head| head.end_seq);
+            record.losses.push(Loss { from_seq, end_seq: floor, before, ..loss });
+        }
         Ok(record)
     }
 
-    /// The segments behind the head up to those that the current data key owns. They are given up as
-    /// lost: otherwise the next segment would be under the current key in the place of one under an
-    /// older key.
-    fn given_up(&self, shard: u32, head: &Head, keys: Option<&KeysSection>) -> Option<Loss> {
+    /// The segments behind the last one that is restored, up to those that the current data key owns.
+    /// They are given up as lost: otherwise the next segment would be under the current key in the
+    /// place of one under an older key.
+    fn given_up(&self, shard: u32, last: u64, keys: Option<&KeysSection>) -> Option<Loss> {
         let owned = *keys?.versions.last()?.ordinals.get(shard as usize)?;
-        let first = head.ordinal + 1;
-        (owned > first).then(|| Loss {
-            first,
+        let accepted_us = self.core.env.clock.wall_us();
+        let loss = Loss {
+            first: last + 1,
             last: owned - 1,
-            from_seq: head.end_seq,
-            end_seq: head.next_seq,
+            from_seq: 0,
+            end_seq: 0,
             tampered: false,
-            before: Some(head.clone()),
-            accepted_us: self.core.env.clock.wall_us(),
-        })
+            before: None,
+            accepted_us,
+        };
+        (owned > last + 1).then_some(loss)
     }
 
     /// Copies the key audit log, and records the restore in it. Returns its end.

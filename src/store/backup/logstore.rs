@@ -84,23 +84,26 @@ impl CopiedShard {
 pub(super) struct CopyLogstore<'r, 'a> {
     run: &'r mut Run<'a>,
     name: LogstoreName,
+    view: View,
 }
 
 impl<'r, 'a> CopyLogstore<'r, 'a> {
-    pub(super) fn new(run: &'r mut Run<'a>, name: LogstoreName) -> Self {
-        Self { run, name }
+    pub(super) fn new(run: &'r mut Run<'a>, view: View) -> Self {
+        Self { run, name: view.name.clone(), view }
     }
 
-    /// Copies the segments, verifies the new ones, and copies the metadata. `None` if the Logstore
-    /// was deleted meanwhile.
+    /// Copies the segments and verifies the new ones. `None` if the Logstore was deleted meanwhile.
     ///
     /// # Errors
-    /// The integrity errors of its metadata, and [`Error::Io`].
+    /// [`Error::Io`].
     pub(super) fn run(mut self) -> Result<Option<Copied>> {
         for _ in 0..ATTEMPTS {
+            if let Some(fresh) = self.segments()? {
+                return self.complete(fresh).map(Some);
+            }
             let Some(view) = self.run.source.view(&self.name)? else { return Ok(None) };
-            let Some(fresh) = self.segments(&view)? else { continue };
-            return self.complete(&view, fresh).map(Some);
+            self.run.put_metadata(std::slice::from_ref(&view))?;
+            self.view = view;
         }
         Err(Error::Io {
             op: "copy the segments of",
@@ -114,19 +117,18 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
 
     /// Copies the segments. Returns for each shard its copy and the new segments; `None` if
     /// retention has dropped all segments of a shard meanwhile.
-    fn segments(&mut self, view: &View) -> Result<Option<Vec<(CopiedShard, BTreeSet<u64>)>>> {
-        self.count(view)?;
-        let dir = self.run.target.make_logstore_dir(view.entry.id)?;
+    fn segments(&mut self) -> Result<Option<Vec<(CopiedShard, BTreeSet<u64>)>>> {
+        self.count()?;
+        let dir = self.run.target.logstore_dir(self.view.entry.id);
         let before = self.run.report.clone();
         let mut all = Vec::new();
-        for (shard, segments) in &view.shards {
+        for (shard, segments) in self.view.shards.clone() {
             let dir = shard_dir(&dir, shard.id());
             self.run.target.make_dir(&dir)?;
             let mut copied = CopiedShard { first: None, last: None, head: None };
-            let mut fresh = BTreeSet::new();
-            let mut dropped = false;
+            let (mut fresh, mut dropped) = (BTreeSet::new(), false);
             for segment in segments.iter() {
-                match self.segment(view, shard, segment)? {
+                match self.segment(&shard, segment)? {
                     Outcome::Copied { is_new } => {
                         if std::mem::take(&mut dropped) {
                             copied.first = Some((segment.ordinal, segment.first_seq));
@@ -151,8 +153,8 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
     }
 
     /// Adds the segments to the total of the progress.
-    fn count(&mut self, view: &View) -> Result<()> {
-        for segment in view.shards.iter().flat_map(|(_, segments)| segments.iter()) {
+    fn count(&mut self) -> Result<()> {
+        for segment in self.view.shards.iter().flat_map(|(_, segments)| segments.iter()) {
             let stat = self.run.core.env.disk.stat(&segment.path);
             let stat = stat.map_err(Error::io("look for", &*segment.path))?;
             self.run.state.bytes_total += stat.map_or(0, |stat| stat.len);
@@ -160,17 +162,18 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
         Ok(())
     }
 
-    fn segment(&mut self, view: &View, shard: &Shard, segment: &SegmentRef) -> Result<Outcome> {
-        let is_lost = shard.is_lost(segment.ordinal);
-        let source =
-            if segment.is_missing() { Err(segment.missing()) } else { shard.copy_source(segment) };
+    fn segment(&mut self, shard: &Shard, segment: &SegmentRef) -> Result<Outcome> {
+        let source = match segment.is_missing() {
+            true => Err(segment.missing()),
+            false => shard.copy_source(segment),
+        };
         let source = match source {
             Ok(source) => source,
-            Err(_) if is_lost => return Ok(Outcome::Missing),
+            Err(_) if shard.is_lost(segment.ordinal) => return Ok(Outcome::Missing),
             Err(error) if error.is_loss() => {
-                let name = &self.name;
-                let (source, id) = (&mut self.run.source, shard.id());
-                if source.is_dropped(name, &view.entry, id, segment.last_ordinal())? {
+                let (name, entry) = (&self.name, &self.view.entry);
+                let last = segment.last_ordinal();
+                if self.run.source.is_dropped(name, entry, shard.id(), last)? {
                     return Ok(Outcome::Dropped);
                 }
                 self.run.verified.note(Some(name), error)?;
@@ -187,28 +190,24 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
         Ok(Outcome::Copied { is_new: !done.is_present() })
     }
 
-    /// Verifies the new segments and writes the metadata.
-    fn complete(self, view: &View, shards: Vec<(CopiedShard, BTreeSet<u64>)>) -> Result<Copied> {
-        let Self { run, name } = self;
+    /// Verifies the new segments, and finds the heads behind them.
+    fn complete(self, shards: Vec<(CopiedShard, BTreeSet<u64>)>) -> Result<Copied> {
+        let Self { run, name, view } = self;
         let refused = check_keys(&view.logstore).err();
-        if let Some(error) = &refused {
-            run.verified.note(Some(&name), error.clone())?;
-        }
         let keyless = refused.is_some();
-        let records: Vec<_> = view
-            .entry
-            .shards
-            .iter()
-            .zip(&shards)
-            .map(|(record, (copied, _))| copied.settle(record, record))
-            .collect();
+        if let Some(error) = refused {
+            run.verified.note(Some(&name), error)?;
+        }
+        let records = view.entry.shards.iter().zip(&shards);
+        let records: Vec<_> =
+            records.map(|(record, (copied, _))| copied.settle(record, record)).collect();
         let dir = run.target.logstore_dir(view.entry.id);
         let (logstore, disk) = (&view.logstore, run.target.shared_disk());
         let copies = run.core.registry.shards_in(logstore, &view.meta, disk, &dir, &records);
         let mut done = Vec::new();
         for (shard, (mut copied, mut wanted)) in copies.iter().zip(shards) {
-            // Nothing but the last segment can have been verified without its key before and have
-            // no successor that names it.
+            // An earlier run may have verified the last segment without its key, and no successor
+            // names its contents.
             wanted.extend(copied.last);
             let mut report = VerifyReport::default();
             verify_copy(&mut report, keyless, &name, shard, &wanted)?;
@@ -226,9 +225,7 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
             }
             done.push(copied);
         }
-        let (file, bytes) = &view.meta_file;
-        run.target.put(&dir.join(file), bytes)?;
-        Ok(Copied { name, entry: view.entry.clone(), shards: done })
+        Ok(Copied { name, entry: view.entry, shards: done })
     }
 }
 

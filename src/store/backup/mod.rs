@@ -29,7 +29,7 @@ use crate::{
     shard::ShardRecord,
 };
 use logstore::{Copied, CopyLogstore};
-use source::Source;
+use source::{Source, View};
 use target::{BackupRecord, Target};
 
 /// How often a run begins again because a rotation of the service key has ended meanwhile.
@@ -171,13 +171,13 @@ pub(super) fn backup(
 }
 
 impl Run<'_> {
-    /// Copies the segments and the metadata of all Logstores.
+    /// Copies the metadata of all Logstores, and then their segments.
     fn copy(&mut self) -> Result<Vec<Copied>> {
         let names: Vec<_> = self.source.catalogue().logstores.keys().cloned().collect();
-        let mut all = Vec::new();
+        let (mut all, mut views) = (Vec::new(), Vec::new());
         for name in names {
-            match CopyLogstore::new(self, name.clone()).run() {
-                Ok(copied) => all.extend(copied),
+            match self.source.view(&name) {
+                Ok(view) => views.extend(view),
                 // The other Logstores are copied all the same.
                 Err(error) if error.kind() == ErrorKind::Integrity => {
                     self.verified.note(Some(&name), error)?;
@@ -186,7 +186,33 @@ impl Run<'_> {
                 Err(error) => return Err(error),
             }
         }
+        self.put_metadata(&views)?;
+        for view in views {
+            all.extend(CopyLogstore::new(self, view).run()?);
+        }
         Ok(all)
+    }
+
+    /// Writes metadata into the backup and puts it in force in the former backup. New segments may
+    /// be under data keys that only the new metadata has, so it comes first: if this run is
+    /// interrupted, a reader of the former backup can read them too.
+    fn put_metadata(&mut self, views: &[View]) -> Result<()> {
+        for view in views {
+            let dir = self.target.make_logstore_dir(view.entry.id)?;
+            let (file, bytes) = &view.meta_file;
+            self.target.put(&dir.join(file), bytes)?;
+        }
+        let Some(former) = self.target.former() else { return Ok(()) };
+        let mut catalogue = former.catalogue.clone();
+        for View { name, entry, .. } in views {
+            if let Some(former) = catalogue.logstores.get_mut(name).filter(|it| it.id == entry.id) {
+                (former.generation, former.tag) = (entry.generation, entry.tag);
+            }
+        }
+        if catalogue == former.catalogue {
+            return Ok(());
+        }
+        self.target.put_catalogue(self.core, &catalogue, self.source.epoch())
     }
 
     /// The Logstore as the former backup has it.

@@ -27,6 +27,7 @@ pub(super) struct Source<'a> {
 /// A Logstore at one moment: this metadata was in force when its segments were listed, and the
 /// records of its shards were in the catalogue before.
 pub(super) struct View {
+    pub(super) name: LogstoreName,
     pub(super) entry: Entry,
     pub(super) logstore: Arc<LogstoreShared>,
     pub(super) meta: Meta,
@@ -108,7 +109,8 @@ impl<'a> Source<'a> {
         let files = MetaName::list(&*env.disk, &dir)?;
         is_settled &= files.iter().all(|file| dir.join(file.to_string()) == path);
         let meta_file = (PathBuf::from(path.file_name().unwrap_or_default()), bytes);
-        Ok((View { entry: entry.clone(), logstore, meta, meta_file, shards }, is_settled))
+        let (name, entry) = (name.clone(), entry.clone());
+        Ok((View { name, entry, logstore, meta, meta_file, shards }, is_settled))
     }
 
     /// Whether a segment that is not there was dropped by retention, or with its Logstore.

@@ -289,7 +289,8 @@ fn check_contents(core: &Core, disk: &dyn Disk, dir: &Path) -> Result<()> {
             return Err(refused(dir, "it was opened for writing, and is a store of its own now"));
         }
     }
-    if has(RECORD) || entries.iter().all(|entry| entry.name == "LOCK") {
+    let is_begun = |name: &str| name == "LOCK" || io::is_temporary(name, RECORD);
+    if has(RECORD) || entries.iter().all(|entry| is_begun(&entry.name)) {
         return Ok(());
     }
     Err(refused(dir, "it is not empty, and has no backup"))
