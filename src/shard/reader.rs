@@ -216,6 +216,8 @@ pub struct Reader {
     /// Set while the segment to begin in must be found by time.
     seek_time: bool,
     end_seq: u64,
+    /// Whether the caller chose a sequence number, and nothing was returned yet.
+    from_seq: bool,
     /// One past the last sequence number that this process had given out when the reader was opened.
     given_out: u64,
     /// Groups received at this time or later are skipped.
@@ -271,6 +273,7 @@ impl Reader {
             from_us: 0,
             seek_time: false,
             end_seq: u64::MAX,
+            from_seq: matches!(options.from, Position::Seq(_)),
             given_out: shard.commit().next_seq(),
             end_us: u64::MAX,
             past_end: false,
@@ -457,7 +460,7 @@ impl Reader {
     /// Counts a record that is returned.
     fn took(&mut self, record: &Record) {
         self.next_seq = record.seq + 1;
-        self.passed = None;
+        (self.from_seq, self.passed) = (false, None);
         self.groups_left -= 1;
         self.bytes_left = self.bytes_left.saturating_sub(record.bytes.len() as u64);
     }
@@ -548,7 +551,7 @@ impl Reader {
     /// Checks that the reader did not begin above the end of the shard. All blocks in front of the end
     /// are authenticated.
     fn check_not_above(&self, end_seq: u64) -> Result<()> {
-        if self.next_seq <= end_seq.max(self.given_out) {
+        if !self.from_seq || self.next_seq <= end_seq.max(self.given_out) {
             return Ok(());
         }
         Err(Error::AboveEnd { shard: self.list.shard(), seq: self.next_seq, end_seq })

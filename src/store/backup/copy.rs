@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{
     Error, Result,
-    io::{Disk, DiskFile, Temporary},
+    io::{Disk, DiskFile, FileKind, Temporary},
     shard::{CopySource, Extent},
 };
 
@@ -58,7 +58,10 @@ impl Copier<'_> {
     pub(in crate::store) fn segment(&self, source: &CopySource, path: &Path) -> Result<Done> {
         let bytes = source.extent.bytes();
         let found = self.to.stat(path).map_err(Error::io("look for", path))?;
-        if let Some(found) = found.filter(|found| found.len >= bytes) {
+        if let Some(found) = found
+            && found.kind == FileKind::File
+            && found.len >= bytes
+        {
             return Ok(Done::Present(found.len));
         }
         if self.whole == Whole::Shared
