@@ -47,7 +47,8 @@ fn a_store_is_backed_up_while_it_is_written_and_restored() {
     assert!(said.contains("has every log that was durable at"), "{said}");
     let again = world.json(&["backup", "backup", "--json"]);
     assert_eq!(again["bytes_copied"], 0);
-    assert!(again["segments"].as_u64() > first["segments"].as_u64());
+    assert!(again["segments"].as_u64() >= first["segments"].as_u64());
+    assert!(again["bytes"].as_u64() > first["bytes"].as_u64());
     writer.finish().assert(0);
     let record: Value =
         serde_json::from_slice(&fs::read(world.path("backup/BACKUP")).unwrap()).unwrap();
@@ -95,7 +96,7 @@ fn a_restore_ends_at_a_time() {
         assert_eq!(world.ok(&read), logs, "{to}");
         world.ok(&[&["verify", "--store", to][..], &keyring].concat());
     }
-    world.refused(2, &["restore", "backup", "--store", "x", "--until", "yesterday"]);
+    world.run(&["restore", "backup", "--store", "x", "--until", "yesterday"]).assert(2);
 }
 
 #[test]
