@@ -43,7 +43,7 @@ fn restore(world: &World, from: &Path, to: &Path, options: &RestoreOptions) -> R
 }
 
 /// All records of a shard: numbers, times and texts.
-fn all(logstore: &Logstore, shard: u32) -> Vec<(u64, u64, String)> {
+fn all(logstore: &Logstore, shard: u32) -> Vec<One> {
     let reader = logstore.read(shard, &ReadOptions::default()).unwrap();
     let one = |record: envelog::Record| {
         (record.seq, record.receive_time_us, String::from_utf8(record.bytes.to_vec()).unwrap())
@@ -51,8 +51,11 @@ fn all(logstore: &Logstore, shard: u32) -> Vec<(u64, u64, String)> {
     reader.map(|record| one(record.unwrap())).collect()
 }
 
+/// A record: its number, its time and its text.
+type One = (u64, u64, String);
+
 /// All records of all shards of a store, by Logstore.
-fn contents(store: &Store) -> Vec<(String, u32, Vec<(u64, u64, String)>)> {
+fn contents(store: &Store) -> Vec<(String, u32, Vec<One>)> {
     let mut found = Vec::new();
     for name in store.list().unwrap() {
         let logstore = store.logstore(&name).unwrap();

@@ -341,7 +341,8 @@ impl SegmentList {
         let (mut freed, mut left) = (0, 0);
         for name in self.file_names()? {
             let dropped = SegmentName::parse(&name).is_some_and(|name| name.ordinal < first);
-            if !dropped && !(temporaries && is_segment_temporary(&name)) {
+            let is_left = dropped || (temporaries && is_segment_temporary(&name));
+            if !is_left {
                 continue;
             }
             let path = self.dir.join(&name);

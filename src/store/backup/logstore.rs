@@ -30,6 +30,9 @@ pub(super) struct Copied {
     shards: Vec<CopiedShard>,
 }
 
+/// The copy of a shard, and the segments in it that this run has made.
+type Fresh = (CopiedShard, BTreeSet<u64>);
+
 /// The copy of a shard.
 struct CopiedShard {
     /// The first segment that was copied, and the first sequence number in it, if retention has
@@ -117,7 +120,7 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
 
     /// Copies the segments. Returns for each shard its copy and the new segments; `None` if
     /// retention has dropped all segments of a shard meanwhile.
-    fn segments(&mut self) -> Result<Option<Vec<(CopiedShard, BTreeSet<u64>)>>> {
+    fn segments(&mut self) -> Result<Option<Vec<Fresh>>> {
         self.count()?;
         let dir = self.run.target.logstore_dir(self.view.entry.id);
         let before = self.run.report.clone();
@@ -191,7 +194,7 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
     }
 
     /// Verifies the new segments, and finds the heads behind them.
-    fn complete(self, shards: Vec<(CopiedShard, BTreeSet<u64>)>) -> Result<Copied> {
+    fn complete(self, shards: Vec<Fresh>) -> Result<Copied> {
         let Self { run, name, view } = self;
         let refused = check_keys(&view.logstore).err();
         let keyless = refused.is_some();
