@@ -85,14 +85,14 @@ impl fmt::Display for Location {
 /// | kind | the caller's next step | who acts | errors |
 /// |---|---|---|---|
 /// | [`Invalid`](Self::Invalid) | correct the call; never repeat it unchanged | the developer | [`Config`](Error::Config) otherwise, [`InvalidGroup`](Error::InvalidGroup), [`InvalidArgument`](Error::InvalidArgument), [`TooLarge`](Error::TooLarge), [`KmsUrl`](Error::KmsUrl), [`InvalidId`](Error::InvalidId), [`UnexpectedCmk`](Error::UnexpectedCmk), [`ReadOnly`](Error::ReadOnly), [`ShardReadOnly`](Error::ShardReadOnly) |
-/// | [`NotFound`](Self::NotFound) | use another name, or create it | the developer | [`StoreMissing`](Error::StoreMissing), [`NotAStore`](Error::NotAStore), [`LogstoreMissing`](Error::LogstoreMissing), [`ShardMissing`](Error::ShardMissing), [`Shredded`](Error::Shredded) |
-/// | [`Exists`](Self::Exists) | use the existing one, or another name | the developer | [`StoreExists`](Error::StoreExists), [`LogstoreExists`](Error::LogstoreExists), [`KeyringExists`](Error::KeyringExists) |
+/// | [`NotFound`](Self::NotFound) | use another name, or create it | the developer | [`StoreMissing`](Error::StoreMissing), [`NotAStore`](Error::NotAStore), [`LogstoreMissing`](Error::LogstoreMissing), [`ShardMissing`](Error::ShardMissing), [`AboveEnd`](Error::AboveEnd), [`Shredded`](Error::Shredded) |
+/// | [`Exists`](Self::Exists) | use the existing one, or another name | the developer | [`StoreExists`](Error::StoreExists), [`NotEmpty`](Error::NotEmpty), [`LogstoreExists`](Error::LogstoreExists), [`KeyringExists`](Error::KeyringExists) |
 /// | [`Busy`](Self::Busy) | repeat the call soon, with a growing delay | - | [`Full`](Error::Full), [`TooManyReaders`](Error::TooManyReaders) |
 /// | [`NoRoom`](Self::NoRoom) | repeat the call after an operator has made room | the operator | [`TooMany`](Error::TooMany), [`Io`](Error::Io) of a full disk, an exhausted quota, or a file at its largest size (ENOSPC, EDQUOT, EFBIG) |
 /// | [`Revoked`](Self::Revoked) | stop until the customer allows the key again | the owner of the key | [`Revoked`](Error::Revoked), [`ServiceKey`](Error::ServiceKey) with a refusal, [`Config`](Error::Config) with [`CmkRefused`](ConfigError::CmkRefused) |
 /// | [`KmsUnreachable`](Self::KmsUnreachable) | repeat the call later | the operator of the KMS | [`KmsUnreachable`](Error::KmsUnreachable), [`KmsInvalid`](Error::KmsInvalid), [`ServiceKey`](Error::ServiceKey) otherwise |
 /// | [`Integrity`](Self::Integrity) | stop; find the cause; restore a backup | the operator | [`WrongKey`](Error::WrongKey), [`Tampered`](Error::Tampered), [`Corrupt`](Error::Corrupt), [`Truncated`](Error::Truncated), [`RolledBack`](Error::RolledBack), [`RetiredKeyVersion`](Error::RetiredKeyVersion), [`WrongFileType`](Error::WrongFileType) |
-/// | [`Unavailable`](Self::Unavailable) | repeat the call after an operator has corrected the environment that the message names | the operator | [`Locked`](Error::Locked), [`Fenced`](Error::Fenced), [`Anchor`](Error::Anchor), [`AnchorBehind`](Error::AnchorBehind), [`NewerFormat`](Error::NewerFormat), [`OlderFormat`](Error::OlderFormat), [`UnsupportedFeature`](Error::UnsupportedFeature), [`KeyringMissing`](Error::KeyringMissing), [`KeyringForeign`](Error::KeyringForeign), [`KeyringUnsafe`](Error::KeyringUnsafe), [`KeyringTooOld`](Error::KeyringTooOld), [`NetworkFileSystem`](Error::NetworkFileSystem) |
+/// | [`Unavailable`](Self::Unavailable) | repeat the call after an operator has corrected the environment that the message names | the operator | [`Locked`](Error::Locked), [`Fenced`](Error::Fenced), [`Anchor`](Error::Anchor), [`AnchorBehind`](Error::AnchorBehind), [`NewerFormat`](Error::NewerFormat), [`OlderFormat`](Error::OlderFormat), [`UnsupportedFeature`](Error::UnsupportedFeature), [`KeyringMissing`](Error::KeyringMissing), [`KeyringForeign`](Error::KeyringForeign), [`KeyringUnsafe`](Error::KeyringUnsafe), [`KeyringTooOld`](Error::KeyringTooOld), [`NetworkFileSystem`](Error::NetworkFileSystem), [`BackupRefused`](Error::BackupRefused) |
 /// | [`Io`](Self::Io) | stop; an operator checks the disk; [`Logstore::reopen_shard`](crate::Logstore::reopen_shard) if a shard has latched | the operator | [`Io`](Error::Io) otherwise |
 /// | [`Closed`](Self::Closed) | open the store or the Logstore again | the developer | [`Closed`](Error::Closed), [`Forked`](Error::Forked), [`KeyringChanged`](Error::KeyringChanged) |
 /// | [`Bug`](Self::Bug) | report it | the developers of envelog | [`Crypto`](Error::Crypto) |
@@ -374,6 +374,34 @@ pub enum Error {
         behind: Duration,
         /// The allowed lag.
         limit: Duration,
+    },
+    /// The directory takes no backup of the store. Nothing in it has changed.
+    #[error("{} takes no backup of the store: {why}; name another directory", path.display())]
+    BackupRefused {
+        /// The directory.
+        path: PathBuf,
+        /// The reason.
+        why: &'static str,
+    },
+    /// The directory that a backup is to be restored to is not empty.
+    #[error("{} is not empty; restore to another directory, or move its contents away", path.display())]
+    NotEmpty {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A reader was to begin at a sequence number above the end of the shard. No group has this
+    /// number yet: it comes from another shard, or from a store that was rolled back or restored
+    /// since.
+    #[error(
+        "sequence number {seq} is above the end of shard {shard}, which is {end_seq}; begin at {end_seq}, or find out whether the store was restored from a backup"
+    )]
+    AboveEnd {
+        /// The shard.
+        shard: u32,
+        /// The sequence number.
+        seq: u64,
+        /// One past the last sequence number of the shard.
+        end_seq: u64,
     },
     /// There is no store at the path.
     #[error("there is no store at {}; create one first", path.display())]
@@ -772,10 +800,12 @@ impl Error {
             | Error::NotAStore { .. }
             | Error::LogstoreMissing(_)
             | Error::ShardMissing { .. }
+            | Error::AboveEnd { .. }
             | Error::Shredded { .. } => ErrorKind::NotFound,
-            Error::StoreExists { .. } | Error::KeyringExists { .. } | Error::LogstoreExists(_) => {
-                ErrorKind::Exists
-            }
+            Error::StoreExists { .. }
+            | Error::NotEmpty { .. }
+            | Error::KeyringExists { .. }
+            | Error::LogstoreExists(_) => ErrorKind::Exists,
             Error::Full { .. } | Error::TooManyReaders { .. } => ErrorKind::Busy,
             Error::TooMany { .. } => ErrorKind::NoRoom,
             Error::Locked { .. }
@@ -789,6 +819,7 @@ impl Error {
             | Error::KeyringForeign { .. }
             | Error::KeyringUnsafe { .. }
             | Error::NetworkFileSystem { .. }
+            | Error::BackupRefused { .. }
             | Error::KeyringTooOld { .. } => ErrorKind::Unavailable,
             Error::Latched { cause, .. }
             | Error::GroupsLost { cause, .. }
@@ -822,6 +853,9 @@ impl Error {
             Error::Fenced { .. } => "fenced",
             Error::Anchor { .. } => "anchor",
             Error::AnchorBehind { .. } => "anchor_behind",
+            Error::BackupRefused { .. } => "backup_refused",
+            Error::NotEmpty { .. } => "not_empty",
+            Error::AboveEnd { .. } => "above_end",
             Error::StoreMissing { .. } => "store_missing",
             Error::NotAStore { .. } => "not_a_store",
             Error::StoreExists { .. } => "store_exists",

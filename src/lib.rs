@@ -102,9 +102,10 @@ pub mod admin {
         logstore::DataKeyStatus,
         shard::{AcceptedLoss, RecoveryNotice, RepairOptions, RepairReport},
         store::{
-            Anchor, AnchorPlace, AnchorStatus, Checkpoint, CmkVersionUsage, DataKeyUsage,
-            DeleteReport, DirAnchor, FailedRepair, KeyNeed, KeyUsage, MasterKeyUsage,
-            RecoverProgress, RecoverReport, Recoverable, ReplaceCmk, ReserveStatus, RetainOptions,
+            Anchor, AnchorPlace, AnchorStatus, BackupOptions, BackupReport, Checkpoint,
+            CmkVersionUsage, CopyProgress, DataKeyUsage, DeleteReport, DirAnchor, FailedRepair,
+            KeyNeed, KeyUsage, MasterKeyUsage, RecoverProgress, RecoverReport, Recoverable,
+            ReplaceCmk, ReserveStatus, RestoreOptions, RestoreReport, RetainOptions,
             RetentionReport, RetentionStatus, RewrapOptions, RewrapProgress, RewrapReport,
             ServiceKeyUsage, ServiceRotation, ShardRepair, StoreRepairReport, VerifyFault,
             VerifyOptions, VerifyProgress, VerifyReport,

@@ -9,7 +9,7 @@ use tracing_subscriber::filter::Targets;
 use crate::{
     lines::LongLines,
     settings::{SWITCH, StoreSettings},
-    values::{bytes, duration, position, seconds, switch},
+    values::{bytes, duration, position, seconds, switch, time},
 };
 
 const EXAMPLES: &str = "\
@@ -205,6 +205,33 @@ Examples:
   envelog retain
   envelog retain --trust-clock --json | jq .segments")]
     Retain(RetainArgs),
+    /// Copy the store to a directory while it is written, or bring the copy there up to date
+    #[command(after_help = "\
+The backup is a store itself: `envelog --store DIR --keyring FILE verify` checks it. It has every log that was durable when
+the command began. The command takes no lock and writes nothing into the store. A later run into the same directory copies
+only new segments. The keyring is not in the backup: copy it with `keys backup`, and keep it elsewhere.
+
+Where the file system can, sealed segments are shared with the store, as reflinks or hard links. That protects from a
+mistake, not from the loss of the disk: back up to another disk, or copy the directory there.
+
+Deletion, retention and `keys shred` do not reach a backup: its files stay until --prune.
+
+Examples:
+  envelog backup /mnt/backup/data
+  envelog backup /mnt/backup/data --prune --json | jq .bytes_copied")]
+    Backup(BackupArgs),
+    /// Restore a backup to the directory of the store, which must be empty or absent
+    #[command(after_help = "\
+The keyring must be in its place. Each shard continues with sequence numbers that the lost store has not used: a reader that
+has come further there finds that its position is above the end. With --until, each shard ends in front of its first block
+with a log that was received later. Configurations and keys are those of the backup.
+
+A store with an anchor opens after a restore with `--without-anchor --anchor DIR`, which starts the anchor again.
+
+Examples:
+  envelog --store /srv/envelog/data restore /mnt/backup/data
+  envelog restore /mnt/backup/data --until 2026-01-31T12:00:00Z")]
+    Restore(RestoreArgs),
     /// Rotate, re-wrap, replace, shred, back up and recover keys
     #[command(
         subcommand,
@@ -471,6 +498,34 @@ pub(crate) struct RetainArgs {
     /// Trust the clock as it is now, although it is more than 24 h ahead of the last trusted time
     #[arg(long)]
     pub(crate) trust_clock: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BackupArgs {
+    /// The directory of the backup: empty, absent, or with an earlier backup of this store
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) dir: PathBuf,
+    /// Remove from the backup what the store has deleted: segments that retention dropped, deleted
+    /// Logstores, and destroyed data keys
+    #[arg(long)]
+    pub(crate) prune: bool,
+    /// Copy every byte, also where the file system can share sealed segments
+    #[arg(long)]
+    pub(crate) copy: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// The directory of the backup
+    #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) dir: PathBuf,
+    /// Leave out the logs that were received after this time: RFC 3339, or @ and the seconds since
+    /// 1970
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(crate) until: Option<u64>,
+    /// Copy every byte, also where the file system can share sealed segments
+    #[arg(long)]
+    pub(crate) copy: bool,
 }
 
 #[derive(Debug, Subcommand)]

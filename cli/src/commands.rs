@@ -1,6 +1,7 @@
 //! The commands, one module each.
 
 mod append;
+mod backup;
 mod bench;
 mod completions;
 mod demo;
@@ -44,6 +45,8 @@ pub(crate) fn run(given: Given) -> Result {
         Command::Inspect(args) => inspect::run(&setup, &args),
         Command::Repair(args) => verify::repair(&setup, &args),
         Command::Retain(args) => retain::run(&setup, &args),
+        Command::Backup(args) => backup::backup(&setup, &args),
+        Command::Restore(args) => backup::restore(&setup, &args),
         Command::Keys(command) => keys::run(&setup, command),
         Command::Kms(command) => kms::run(&setup, command),
         Command::Bench(args) => bench::run(&setup, &args),

@@ -128,6 +128,14 @@ pub(crate) fn position(text: &str) -> Result<Position, String> {
     }
 }
 
+/// Parses a time, in microseconds since the Unix epoch.
+pub(crate) fn time(text: &str) -> Result<u64, String> {
+    match position(text) {
+        Ok(Position::Time(us)) => Ok(us),
+        _ => Err("give a time such as 2026-01-31T12:00:00Z or @1772452800".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -149,6 +157,10 @@ mod tests {
         assert!(matches!(position("1970-01-01T01:00:01.5+01:00"), Ok(Position::Time(1_500_000))));
         for bad in ["", "-1", "yesterday", "1969-12-31T23:59:59Z", "2026-01-31"] {
             assert!(position(bad).is_err(), "{bad}");
+        }
+        assert_eq!(time("1970-01-01T00:00:01Z"), Ok(1_000_000));
+        for bad in ["begin", "17", "2026-01-31"] {
+            assert!(time(bad).is_err(), "{bad}");
         }
     }
 

@@ -14,7 +14,7 @@ use std::{
 use common::{ROLE, Running, World, byok, made_lines, service};
 use serde_json::Value;
 
-const COMMANDS: [&[&str]; 20] = [
+const COMMANDS: [&[&str]; 22] = [
     &["demo"],
     &["doctor"],
     &["create"],
@@ -29,6 +29,8 @@ const COMMANDS: [&[&str]; 20] = [
     &["verify"],
     &["checkpoint"],
     &["inspect"],
+    &["backup"],
+    &["restore"],
     &["keys"],
     &["kms"],
     &["bench"],

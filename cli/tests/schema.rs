@@ -17,7 +17,10 @@ use std::{
 use common::{REGION, ROLE, Running, World, byok, made_lines, service};
 use envelog::{
     AppendOptions, LogstoreSpec, Payload, Store,
-    admin::{RepairOptions, ReplaceCmk, RetainOptions, RewrapOptions, VerifyOptions},
+    admin::{
+        BackupOptions, RepairOptions, ReplaceCmk, RestoreOptions, RetainOptions, RewrapOptions,
+        VerifyOptions,
+    },
     crypto::AwsLc,
     kms::LocalKms,
 };
@@ -222,6 +225,15 @@ fn data(checked: &Checked) {
     checked.run("repair", &["--yes"]);
     checked.run("retain", &[]);
     checked.run("retain", &["--trust-clock"]);
+    checked.run("backup", &["backup"]);
+    checked.run("backup", &["backup", "--prune", "--copy"]);
+    // The restored store has its keyring elsewhere.
+    let keyring = ["--keyring", "envelog-data.keyring"];
+    let restore = [&["backup", "--store", "restored"][..], &keyring].concat();
+    checked.run("restore", &restore);
+    let until = ["backup", "--store", "until", "--until", "2026-01-31T12:00:00Z", "--copy"];
+    checked.run("restore", &[&until[..], &keyring].concat());
+    checked.ends(1, "restore", &restore);
     for segment in world.segments("envelog-data") {
         checked.run("inspect", &[segment.to_str().unwrap()]);
     }
@@ -300,6 +312,12 @@ fn library(checked: &Checked) {
     checked.library("rewrap_report", store.keys().rewrap_all(&rewrap, seen).unwrap());
     round_trip(checked, "retain_options", &RetainOptions::default().trust_clock(true));
     round_trip(checked, "repair_options", &RepairOptions::default().accept_tampered(true));
+    round_trip(checked, "backup_options", &BackupOptions::default().prune(true));
+    round_trip(checked, "restore_options", &RestoreOptions::default().until_us(17));
+    let dir = checked.world.path("by-the-library");
+    let seen = &mut |at| checked.library("copy_progress", at);
+    let report = store.admin().backup(dir, &BackupOptions::default(), seen).unwrap();
+    checked.library("backup_report", report);
     round_trip(checked, "replace_cmk", &ReplaceCmk::default().fresh_data_key(false));
     round_trip(checked, "logstore_spec", &LogstoreSpec::default());
     let spec: LogstoreSpec = serde_json::from_value(json!({ "shard_count": 2 })).unwrap();
@@ -421,6 +439,9 @@ fn the_schema_is_strict_and_has_no_definition_without_use() {
         "recover_progress",
         "retain_options",
         "repair_options",
+        "backup_options",
+        "copy_progress",
+        "restore_options",
         "replace_cmk",
         "audit_export",
         "delete_report",

@@ -20,6 +20,7 @@ mod twice;
 
 use std::{
     error, fmt, io,
+    os::fd::BorrowedFd,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -256,6 +257,16 @@ pub trait Disk: Send + Sync + fmt::Debug {
 
     /// The status of a file. `None` if the name does not exist, so `NotFound` is not an error here.
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>>;
+
+    /// Gives an open file one more name (a hard link), without a copy of its contents. The file may
+    /// have been opened through another disk. By default this is an error.
+    ///
+    /// # Errors
+    /// `Unsupported`, `CrossesDevices` and `AlreadyExists`, among others.
+    fn link(&self, file: &dyn DiskFile, path: &Path) -> io::Result<()> {
+        let _ = (file, path);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// An open file, or a simulation of one. Several threads may call its methods at once.
@@ -306,6 +317,22 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     /// # Errors
     /// `Unsupported` where files cannot be mapped.
     fn map(&self) -> io::Result<Map>;
+
+    /// The descriptor of the file in this process, for [`Disk::link`] and
+    /// [`DiskFile::clone_contents`]. By default `None`.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Replaces the contents of the file by those of another one, and lets both share the blocks of
+    /// the disk until one of them changes (a reflink). By default this is an error.
+    ///
+    /// # Errors
+    /// `Unsupported` and `CrossesDevices`, among others. The file may have changed then.
+    fn clone_contents(&self, from: &dyn DiskFile) -> io::Result<()> {
+        let _ = from;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// Whether the operation failed because the disk is full, or the quota of the user is used up.

@@ -148,6 +148,11 @@ impl Disk for RealDisk {
             Err(error) => Err(error),
         }
     }
+
+    fn link(&self, file: &dyn DiskFile, path: &Path) -> io::Result<()> {
+        let (disk, path) = Self::at(path)?;
+        disk.link(file, &path)
+    }
 }
 
 impl RootedDisk {
@@ -306,6 +311,16 @@ impl Disk for RootedDisk {
             Err(Errno::NOENT) => Ok(None),
             stat => Ok(Some(stat_of(&stat?))),
         }
+    }
+
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    fn link(&self, file: &dyn DiskFile, path: &Path) -> io::Result<()> {
+        let file = file.descriptor().ok_or(io::ErrorKind::Unsupported)?;
+        let place = self.root.parent(path)?;
+        // The file itself, also if another one has taken its name since it was opened.
+        let file = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let (dir, name) = (place.dir(), place.name());
+        Ok(rustix::fs::linkat(rustix::fs::CWD, file, dir, name, AtFlags::SYMLINK_FOLLOW)?)
     }
 }
 
@@ -548,5 +563,15 @@ impl DiskFile for RealFile {
 
     fn map(&self) -> io::Result<Map> {
         Map::of_file(&self.0)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    fn clone_contents(&self, from: &dyn DiskFile) -> io::Result<()> {
+        let from = from.descriptor().ok_or(io::ErrorKind::Unsupported)?;
+        Ok(rustix::fs::ioctl_ficlone(&self.0, from)?)
     }
 }

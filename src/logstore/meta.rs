@@ -194,17 +194,47 @@ impl Meta {
             }
             bytes => bytes?,
         };
-        let document = document::open(&bytes, DocumentKind::Logstore, path, |version| {
-            keyring.document_key(version)
-        })?;
-        let meta = Self::from_document(&document, store, id, path)?;
-        let meta = Self { tag: document::tag_a(&bytes), ..meta };
+        let meta = Self::authenticate(&bytes, path, store, id, keyring)?;
         if meta.reference() != *named {
             let what = format!("{} is not the metadata that the catalogue knows", path.display());
             return Err(Error::RolledBack { what });
         }
         meta.check(path)?;
         Ok((meta, bytes))
+    }
+
+    /// Reads authentic metadata from the file `path`, which has the name of its generation and tag,
+    /// or from its second copy.
+    pub(crate) fn load_from(
+        disk: &dyn Disk,
+        path: &Path,
+        store: StoreId,
+        id: LogstoreId,
+        keyring: &Keyring,
+    ) -> Result<Self> {
+        document::load_either(path, |file| {
+            let meta = Self::authenticate(&read(disk, file)?, file, store, id, keyring)?;
+            if meta.reference().path(path.parent().unwrap_or(path)) != path {
+                let what = format!("{} is other metadata than its name says", file.display());
+                return Err(Error::RolledBack { what });
+            }
+            meta.check(file)?;
+            Ok(meta)
+        })
+    }
+
+    fn authenticate(
+        bytes: &[u8],
+        path: &Path,
+        store: StoreId,
+        id: LogstoreId,
+        keyring: &Keyring,
+    ) -> Result<Self> {
+        let document = document::open(bytes, DocumentKind::Logstore, path, |version| {
+            keyring.document_key(version)
+        })?;
+        let meta = Self::from_document(&document, store, id, path)?;
+        Ok(Self { tag: document::tag_a(bytes), ..meta })
     }
 
     /// Checks the rules within the document.

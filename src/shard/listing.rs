@@ -2,7 +2,7 @@
 
 use std::{ops::Range, path::Path, sync::Arc};
 
-use super::{active::ActiveView, record::ShardRecord};
+use super::{active::ActiveView, record::ShardRecord, writer::RESERVED_SEQS};
 use crate::{
     Error,
     error::Location,
@@ -26,6 +26,19 @@ pub(crate) struct SegmentRef {
 }
 
 impl SegmentRef {
+    /// Segments from `first` to `last` that are missing. The one behind them begins at `first_seq`.
+    pub(super) fn gap(dir: &Path, first: u64, last: u64, first_seq: u64) -> Self {
+        Self {
+            ordinal: first,
+            missing_to: Some(last),
+            first_seq,
+            epoch: 0,
+            path: dir.join(format!("{first:010}-*.seg")).into(),
+            active: None,
+            sealed: None,
+        }
+    }
+
     pub(crate) fn is_missing(&self) -> bool {
         self.missing_to.is_some()
     }
@@ -33,6 +46,11 @@ impl SegmentRef {
     /// The last ordinal: its own, unless several segments are missing.
     pub(crate) fn last_ordinal(&self) -> u64 {
         self.missing_to.unwrap_or(self.ordinal)
+    }
+
+    /// The first sequence number that a segment of this name cannot have reserved.
+    pub(crate) fn limit_seq(&self) -> u64 {
+        self.first_seq.saturating_add(RESERVED_SEQS)
     }
 
     /// The error for segments that are missing.
@@ -107,15 +125,7 @@ fn missing(
             Some(loss) => last.min(loss.first - 1),
             None => last,
         };
-        segments.push(SegmentRef {
-            ordinal: first,
-            missing_to: Some(to),
-            first_seq,
-            epoch: 0,
-            path: dir.join(format!("{first:010}-*.seg")).into(),
-            active: None,
-            sealed: None,
-        });
+        segments.push(SegmentRef::gap(dir, first, to, first_seq));
         first = to + 1;
     }
     segments

@@ -31,6 +31,7 @@ mod budget;
 mod chain;
 mod commit;
 mod control;
+mod copying;
 mod follow;
 mod handover;
 mod hashing;
@@ -79,6 +80,7 @@ pub(crate) use chain::Proved;
 use commit::GroupCommit;
 pub(crate) use commit::LostGroups;
 pub(crate) use control::Paused;
+pub(crate) use copying::{CopySource, Extent};
 #[cfg(feature = "stream")]
 pub use follow::FollowStream;
 pub use follow::{Follow, WaitFor};
@@ -449,9 +451,9 @@ impl Shard {
         self.list.make_names_durable()
     }
 
-    /// See [`SegmentList::remove_leftovers`].
+    /// See [`SegmentList::remove_leftovers`]. Leaves temporary files: the writer may be at work.
     pub(crate) fn remove_leftovers(&self) -> Result<(u64, u64)> {
-        self.list.remove_leftovers()
+        self.list.remove_leftovers(false)
     }
 
     /// See [`SegmentList::has_leftovers`].

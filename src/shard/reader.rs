@@ -37,7 +37,8 @@ pub enum Position {
     Begin,
     /// Behind the newest group there is.
     End,
-    /// The group with this sequence number, or the first one after it.
+    /// The group with this sequence number, or the first one after it. A reader that begins above the
+    /// end of the shard fails with [`Error::AboveEnd`] when it gets there.
     Seq(u64),
     /// A receive time, in microseconds since the Unix epoch. To begin there means to leave out each
     /// group that was received earlier, to end there each group that was received at that time or
@@ -221,6 +222,10 @@ pub struct Reader {
     /// Set while the segment to begin in must be found by time.
     seek_time: bool,
     end_seq: u64,
+    /// Whether the caller chose a sequence number, and nothing was returned yet.
+    from_seq: bool,
+    /// One past the last sequence number that this process had given out when the reader was opened.
+    given_out: u64,
     /// Groups received at this time or later are skipped.
     end_us: u64,
     /// Whether the rest of the current segment was received at `end_us` or later.
@@ -289,6 +294,8 @@ impl Reader {
             from_us: 0,
             seek_time: false,
             end_seq: u64::MAX,
+            from_seq: matches!(options.from, Position::Seq(_)),
+            given_out: shard.commit().next_seq(),
             end_us: u64::MAX,
             past_end: false,
             groups_left: options.max_groups.unwrap_or(u64::MAX),
@@ -506,7 +513,7 @@ impl Reader {
     /// Counts a record that is returned.
     fn took(&mut self, record: &Record) {
         self.next_seq = record.seq + 1;
-        (self.has_begun, self.passed) = (true, None);
+        (self.has_begun, self.from_seq, self.passed) = (true, false, None);
         self.groups_left -= 1;
         self.bytes_left = self.bytes_left.saturating_sub(record.bytes.len() as u64);
     }
@@ -573,14 +580,18 @@ impl Reader {
                     cursor.prove_passed(gate)?;
                     cursor.check_end()?;
                     let before = (Arc::clone(&cursor.opened.header), cursor.last_time_us());
+                    let end_seq = cursor.end_seq();
                     if !self.enter_next(&before)? {
-                        return Ok(false);
+                        return self.check_not_above(end_seq).map(|()| false);
                     }
                 }
                 Load::NotYet => {
                     cursor.prove_passed(gate)?;
                     match cursor.refresh(&list)? {
-                        Refresh::Same => return Ok(false),
+                        Refresh::Same => {
+                            let end_seq = cursor.end_seq();
+                            return self.check_not_above(end_seq).map(|()| false);
+                        }
                         Refresh::Changed => {}
                         // The next groups are in the segments that are left.
                         Refresh::Dropped => self.cursor = None,
@@ -588,6 +599,15 @@ impl Reader {
                 }
             }
         }
+    }
+
+    /// Checks that the reader did not begin above the end of the shard. All blocks in front of the end
+    /// are authenticated.
+    fn check_not_above(&self, end_seq: u64) -> Result<()> {
+        if !self.from_seq || self.next_seq <= end_seq.max(self.given_out) {
+            return Ok(());
+        }
+        Err(Error::AboveEnd { shard: self.list.shard(), seq: self.next_seq, end_seq })
     }
 
     /// Leaves the current segment, whose rest was received too late. Ends the reader unless receive
@@ -684,7 +704,9 @@ impl Reader {
         } else {
             segments.partition_point(|segment| segment.first_seq <= self.next_seq)
         };
-        let Some(segment) = segments.get(position.saturating_sub(1)) else { return Ok(false) };
+        let Some(segment) = segments.get(position.saturating_sub(1)) else {
+            return self.check_not_above(end_seq(&self.list)?).map(|()| false);
+        };
         self.enter(segment, None)?;
         self.seek_time &= self.cursor.is_none();
         Ok(true)

@@ -108,7 +108,19 @@ impl Recovery<'_> {
     /// writer's lock, and no segment is open. Returns where the next segment begins, and a notice
     /// if the segment did not end at its durable mark.
     pub(super) fn recover(&self) -> Result<(Next, Option<RecoveryNotice>)> {
-        self.list.remove_leftovers()?;
+        let (next, notice) = self.find_end()?;
+        Ok((self.behind_recorded(next), notice))
+    }
+
+    /// The next segment begins no earlier than the catalogue's head permits: a restore from a backup
+    /// has raised that number.
+    fn behind_recorded(&self, next: Next) -> Next {
+        let recorded = self.list.record().head.map_or(0, |head| head.next_seq);
+        Next { first_seq: next.first_seq.max(recorded), ..next }
+    }
+
+    fn find_end(&self) -> Result<(Next, Option<RecoveryNotice>)> {
+        self.list.remove_leftovers(true)?;
         self.list.ensure_directory()?;
         let segments = self.list.segments(false)?;
         let Some(last) = segments.last() else { return Ok((self.behind_record(), None)) };
@@ -216,7 +228,7 @@ impl Recovery<'_> {
                 bytes_lost: 0,
                 losses: Vec::new(),
             };
-            return Ok(Some((self.behind_loss(&loss), report)));
+            return Ok(Some((self.behind_recorded(self.behind_loss(&loss)), report)));
         }
         if self.is_recoverable(last)? {
             // A broken rule of the format, or a retired key, is not mended by giving up blocks. It
@@ -240,7 +252,7 @@ impl Recovery<'_> {
             bytes_lost: scanned.bytes_lost() + given_up,
             losses: Vec::new(),
         };
-        Ok(Some((next, report)))
+        Ok(Some((self.behind_recorded(next), report)))
     }
 
     /// Whether the last segment can be opened, recovered and read without a repair.

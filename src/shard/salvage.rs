@@ -37,6 +37,8 @@ impl Recovery<'_> {
                 // The key of a shredded segment was destroyed on purpose.
                 Ok(()) | Err(Error::Shredded { .. }) => continue,
                 Err(error) if error.is_loss() => error,
+                // Its key is lost with the newer metadata.
+                Err(error) if self.list.is_ahead_of_metadata(segment) => error,
                 Err(error) if accept_tampered && error.kind() == ErrorKind::Integrity => error,
                 Err(error) => return Err(error),
             };
@@ -56,7 +58,40 @@ impl Recovery<'_> {
                 }
             }
         }
+        if let Some(missing) = self.missing_at_end(&segments)? {
+            let (cause, end_seq) = (missing.missing(), missing.first_seq);
+            let loss = match found.last_mut() {
+                Some(last) if last.loss.last + 1 == missing.ordinal => {
+                    last.loss.last = missing.last_ordinal();
+                    last.loss.end_seq = end_seq.max(last.loss.end_seq);
+                    return Ok(found);
+                }
+                _ => self.new_loss(&missing, end_seq, false)?,
+            };
+            found.push(FoundLoss { loss, cause });
+        }
         Ok(found)
+    }
+
+    /// The segments behind the last one that were there when the current data key was made, by the
+    /// metadata. The next segment must not take the place of one under an older key.
+    fn missing_at_end(&self, segments: &[SegmentRef]) -> Result<Option<SegmentRef>> {
+        let section = self.env.gate.keys().section;
+        let owned = section.as_ref().and_then(|section| section.versions.last());
+        let owned = owned.and_then(|newest| newest.ordinals.get(self.list.shard() as usize));
+        let record = self.list.record();
+        let last = segments.last();
+        let next = last.map_or(record.first_ordinal, |last| last.last_ordinal() + 1);
+        let next = next.max(record.head.as_ref().map_or(0, |head| head.ordinal + 1));
+        let Some(&owned) = owned.filter(|&&owned| owned > next) else { return Ok(None) };
+        let begin = match last {
+            Some(last) => self.end_of_last(last)?,
+            None => record.first_seq.max(record.head.map_or(0, |head| head.next_seq)),
+        };
+        let used_up = || Error::InvalidArgument("the sequence numbers are used up".to_owned());
+        let lost = RESERVED_SEQS.checked_mul(owned - next);
+        let end_seq = lost.and_then(|lost| begin.checked_add(lost)).ok_or_else(used_up)?;
+        Ok(Some(self.list.gap(next, owned - 1, end_seq)))
     }
 
     /// Authenticates a segment and all its blocks.

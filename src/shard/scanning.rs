@@ -12,8 +12,8 @@ use crate::{
     crypto::wipe,
     keys::gate::Gate,
     segment::{
-        BlockHeader, BlockView, Footer, FooterBuilder, ScanReport, ScanVerdict, ScannedBlock,
-        end_of_data, scan,
+        BlockHeader, BlockKind, BlockView, Footer, FooterBuilder, ScanReport, ScanVerdict,
+        ScannedBlock, end_of_data, scan,
     },
 };
 
@@ -113,6 +113,16 @@ impl<'a> Scanned<'a> {
         self.report.end
     }
 
+    /// Where the last block ends, in place or behind damage. If the durable part is damaged, all of
+    /// the file counts.
+    pub(super) fn data_end(&self) -> u64 {
+        match self.report.verdict {
+            ScanVerdict::Damaged { .. } => self.report.data_end,
+            _ if self.behind => self.report.data_end,
+            _ => self.report.end,
+        }
+    }
+
     /// How many bytes belong to no block that can be read.
     pub(super) fn bytes_lost(&self) -> u64 {
         self.report.data_end.saturating_sub(self.opened.header.body_start + self.found)
@@ -177,6 +187,27 @@ pub(super) fn in_place(opened: &Opened, end: u64) -> Result<FooterBuilder> {
         Ok(())
     })?;
     Ok(builder)
+}
+
+/// The totals of the blocks in place in front of offset `end` and of the first block with a group
+/// that was received after `until_us`; where the last of them ends; and whether there is such a
+/// group. Needs no key.
+pub(super) fn front_until(
+    opened: &Opened,
+    end: u64,
+    until_us: u64,
+) -> Result<(FooterBuilder, u64, bool)> {
+    let mut builder = FooterBuilder::of(&opened.header);
+    let (mut at, mut is_over) = (opened.header.body_start, false);
+    pass(opened, end, None, |block, payload| {
+        is_over |= block.header.kind != BlockKind::Mark && block.header.last_time_us > until_us;
+        if !is_over {
+            at = block.offset + block.header.block_len();
+            add(&mut builder, &block, payload);
+        }
+        Ok(())
+    })?;
+    Ok((builder, at, is_over))
 }
 
 /// Counts the blocks in place of a segment without a footer, up to `end`. Needs no key. Also

@@ -118,6 +118,12 @@ impl SegmentReader {
         }
     }
 
+    /// One past the last sequence number of the blocks before the next one; at least the first number
+    /// of the segment.
+    pub(super) fn end_seq(&self) -> u64 {
+        self.end_seq
+    }
+
     /// Where the next block is.
     pub(crate) fn here(&self) -> Location {
         self.opened.at(self.offset).block(self.number)

@@ -386,16 +386,17 @@ impl SegmentList {
         }
     }
 
-    /// Removes the files in the directory that belong to no segment: dropped by retention, or left
-    /// by a crash. Only the writer may call this, while it has no segment in the making. A file
-    /// that cannot be removed stays, and is tried again later. Returns how many bytes were freed,
-    /// and how many files stay.
-    pub(super) fn remove_leftovers(&self) -> Result<(u64, u64)> {
+    /// Removes the segments that retention has dropped, and with `temporaries` also the temporary
+    /// files that a crash has left: only the writer may remove those, while it has no segment in the
+    /// making. A file that cannot be removed stays, and is tried again later. Returns how many bytes
+    /// were freed, and how many files stay.
+    pub(super) fn remove_leftovers(&self, temporaries: bool) -> Result<(u64, u64)> {
         let first = self.record().first_ordinal;
         let (mut freed, mut left) = (0, 0);
         for name in self.file_names()? {
             let dropped = SegmentName::parse(&name).is_some_and(|name| name.ordinal < first);
-            if !dropped && !is_segment_temporary(&name) {
+            let is_left = dropped || (temporaries && is_segment_temporary(&name));
+            if !is_left {
                 continue;
             }
             let path = self.dir.join(&name);
@@ -711,6 +712,25 @@ impl SegmentList {
         let file =
             self.disk.open(&name.path, OpenMode::Read).map_err(Error::io("open", &*name.path))?;
         Ok(Arc::new(read_header(&*file, &name.path)?))
+    }
+
+    /// Whether a segment is of a later time than the metadata: its header, which is not authenticated,
+    /// names a data key that the metadata lacks, or a later generation.
+    pub(super) fn is_ahead_of_metadata(&self, name: &SegmentRef) -> bool {
+        let Ok(header) = self.header(name) else { return false };
+        let lacks_key = match header.key_source {
+            KeySource::DataKey(version) => {
+                let section = self.gate.keys().section;
+                section.is_some_and(|section| section.version(version).is_none())
+            }
+            KeySource::Keyring(_) => false,
+        };
+        lacks_key || header.generation > self.plan.get().generation
+    }
+
+    /// Segments of these ordinals that are missing. The one behind them begins at `first_seq`.
+    pub(super) fn gap(&self, first: u64, last: u64, first_seq: u64) -> SegmentRef {
+        SegmentRef::gap(&self.dir, first, last, first_seq)
     }
 
     /// The key source in the header of a segment, which is not authenticated.

@@ -50,6 +50,8 @@ pub(super) struct Setup {
     pub(super) without_anchor: bool,
     pub(super) accept_retired: bool,
     pub(super) disk: Arc<dyn Disk>,
+    /// The whole disk. [`Setup::rooted`] narrows `disk` down to the directory of the store.
+    pub(super) outside: Arc<dyn Disk>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) random: Arc<dyn Random>,
     pub(super) options: StoreOptions,
@@ -149,14 +151,19 @@ impl Setup {
         }
     }
 
+    /// Who may access the files of the store.
+    pub(super) fn access(&self) -> Access {
+        if self.options.group_read { Access::GroupRead } else { Access::Owner }
+    }
+
     /// The same store on the disk beneath its directory, which follows no symlink.
     pub(super) fn rooted(self) -> Result<Self> {
-        let access = if self.options.group_read { Access::GroupRead } else { Access::Owner };
-        let disk = self.disk.beneath(&self.dir, access).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::StoreMissing { path: self.dir.clone() },
-            std::io::ErrorKind::NotADirectory => Error::NotAStore { path: self.dir.clone() },
-            _ => Error::io("open", &self.dir)(error),
-        })?;
+        let disk =
+            self.disk.beneath(&self.dir, self.access()).map_err(|error| match error.kind() {
+                std::io::ErrorKind::NotFound => Error::StoreMissing { path: self.dir.clone() },
+                std::io::ErrorKind::NotADirectory => Error::NotAStore { path: self.dir.clone() },
+                _ => Error::io("open", &self.dir)(error),
+            })?;
         Ok(Self { disk, ..self })
     }
 
@@ -269,6 +276,7 @@ impl Setup {
             read_only: held.is_none(),
             disk,
             reserve,
+            outside: self.outside,
             trusted,
             dir: self.dir,
             options: self.options,

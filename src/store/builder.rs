@@ -1,15 +1,21 @@
 //! The builder that creates and opens stores.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use super::{
     anchor::Anchor,
     assembly::Setup,
+    backup::CopyProgress,
     creation,
     handles::Store,
     keyring_loss::{RecoverProgress, RecoverReport, Recoverable},
     opening,
     options::StoreOptions,
+    restore::{self, RestoreOptions, RestoreReport},
 };
 #[cfg(doc)]
 use crate::config::ConfigError;
@@ -52,6 +58,7 @@ impl StoreBuilder {
             without_anchor: false,
             accept_retired: false,
             disk: Arc::new(RealDisk),
+            outside: Arc::new(RealDisk),
             clock: Arc::new(SystemClock),
             random: Arc::new(OsRandom),
             options: StoreOptions::default(),
@@ -112,6 +119,7 @@ impl StoreBuilder {
 
     /// Replaces the file system.
     pub fn disk(mut self, disk: Arc<dyn Disk>) -> Self {
+        self.setup.outside = Arc::clone(&disk);
         self.setup.disk = disk;
         self
     }
@@ -178,6 +186,33 @@ impl StoreBuilder {
             Err(Error::StoreMissing { .. }) => self.create(),
             opened => opened,
         }
+    }
+
+    /// Restores the backup in the directory `from` ([`Admin::backup`](crate::Admin::backup)) to the
+    /// directory of the builder, which must be empty or absent. The keyring of the store must be in
+    /// place. Calls no customer's KMS. The caller opens the store afterwards.
+    ///
+    /// The restored store does not repeat a number of the lost one: each shard continues 2^48
+    /// sequence numbers behind the last one that the backup knows, and the writer epoch is raised by
+    /// 2^24. So a reader that has come further in the lost store begins behind all records of the
+    /// restored one: until the first append, that is [`Error::AboveEnd`]. The key audit log records
+    /// the restore.
+    ///
+    /// With [`StoreBuilder::accept_retired_versions`], a backup from before a rotation of the service
+    /// key is restored too. The restored store is under the newest version.
+    ///
+    /// # Errors
+    /// [`Error::NotEmpty`]; the errors of [`StoreBuilder::open_read_only`] for the backup; for
+    /// [`RestoreOptions::until_us`] also the integrity errors of its segments;
+    /// [`Error::NetworkFileSystem`]; [`Error::Io`]. A restore that fails leaves a directory that is no
+    /// store.
+    pub fn restore(
+        self,
+        from: impl AsRef<Path>,
+        options: &RestoreOptions,
+        progress: &mut dyn FnMut(CopyProgress),
+    ) -> Result<RestoreReport> {
+        restore::restore(self.setup, from.as_ref(), options, progress)
     }
 
     /// The Logstores that [`StoreBuilder::recover_without_keyring`] may recover, each with the

@@ -140,21 +140,24 @@ pub(super) fn create(setup: Setup) -> Result<OpenStore> {
             }
             // Before the directory is made, because a KMS may refuse to wrap the keyring.
             let new = draw_keyring(&setup, &file)?;
-            make_directory(&setup, &*outside)?;
+            make_directory(&*outside, &setup.dir, setup.access())?;
             create_in(setup.rooted_for_writing()?, &*outside, &file, Some(new))
         }
         Err(error) => Err(error),
     }
 }
 
-fn make_directory(setup: &Setup, outside: &dyn Disk) -> Result<()> {
-    let failed = |error| Error::io("create", &setup.dir)(error);
-    let dir = outside.resolve(&setup.dir).map_err(failed)?;
+/// Makes a directory outside a store. Its parent must exist.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(super) fn make_directory(outside: &dyn Disk, dir: &Path, access: Access) -> Result<()> {
+    let failed = |error| Error::io("create", dir)(error);
+    let dir = outside.resolve(dir).map_err(failed)?;
     let parent = match dir.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let access = if setup.options.group_read { Access::GroupRead } else { Access::Owner };
     let beside = outside.beneath(parent, access).map_err(failed)?;
     let name = dir.file_name().map_or_else(|| dir.clone(), |name| parent.join(name));
     match beside.create_dir(&name) {

@@ -26,6 +26,8 @@ pub(crate) struct StoreEnv {
     pub(crate) disk: Arc<dyn Disk>,
     /// The room that is kept for a full disk.
     pub(crate) reserve: Arc<Reserve>,
+    /// The whole disk, for a directory outside the store.
+    pub(crate) outside: Arc<dyn Disk>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) random: Arc<dyn Random>,
     pub(crate) provider: Arc<dyn CryptoProvider>,

@@ -9,6 +9,7 @@ use std::{
 use super::{
     anchor::AnchorStatus,
     anchoring, auto_rotation,
+    backup::{self, BackupOptions, BackupReport, CopyProgress},
     core::Core,
     inspect::{
         self, AuditExport, AuditMark, AuditVerification, Checkpoint, VerifyOptions, VerifyProgress,
@@ -560,6 +561,37 @@ impl Admin<'_> {
     /// [`Store::delete_logstore`](crate::Store::delete_logstore).
     pub fn give_up(&self, name: &LogstoreName) -> Result<DeleteReport> {
         repair::give_up(self.open.core(), name)
+    }
+
+    /// Makes a backup of the store in a directory, or brings the backup there up to date: a
+    /// consistent copy, which is itself a store. Works beside the process that writes the store, if
+    /// this one has it open read-only; takes no lock of the store and writes nothing into it. The
+    /// keyring is not part of a backup.
+    ///
+    /// Every record that was durable when the call began is in the backup. Only new segments are
+    /// copied, and each is verified once it is. A key that cannot be used is no error: the segments
+    /// under it are verified without it. A fault of the store is no error either: the report has it.
+    ///
+    /// A Logstore that is deleted, and segments that retention drops, are no longer in the catalogue
+    /// of the next backup, and their files stay in the directory until [`BackupOptions::prune`]. The
+    /// same holds for metadata with a data key that was destroyed.
+    ///
+    /// If the run is interrupted, the former backup stays in force, and the next run continues. The
+    /// directory has a file `checkpoint`, for [`Admin::verify`], and a file `BACKUP`, which says when
+    /// the last run was finished.
+    ///
+    /// # Errors
+    /// [`Error::BackupRefused`] for a directory with other contents, or one that was opened for
+    /// writing; [`Error::RolledBack`] if the store is older than the backup in the directory;
+    /// [`Error::Locked`] while another process makes a backup there; [`Error::ServiceKey`];
+    /// [`Error::Io`].
+    pub fn backup(
+        &self,
+        dir: impl AsRef<Path>,
+        options: &BackupOptions,
+        progress: &mut dyn FnMut(CopyProgress),
+    ) -> Result<BackupReport> {
+        backup::backup(self.open.core(), dir.as_ref(), options, progress)
     }
 
     /// The state of the anchor.

@@ -130,6 +130,21 @@ pub(super) fn rewrite_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -
     put_identity(disk, dir, keyring, Document { features: Features::default(), ..document })
 }
 
+/// Copies the `STORE` file into the copy of a store, under the newest version of the service key.
+///
+/// # Errors
+/// [`Error::Io`], and the integrity errors of the file.
+pub(super) fn copy_identity(
+    from: &dyn Disk,
+    from_dir: &Path,
+    to: &dyn Disk,
+    dir: &Path,
+    keyring: &Keyring,
+) -> Result<()> {
+    let (document, _) = load_identity(from, from_dir, keyring)?;
+    put_identity(to, dir, keyring, Document { features: Features::default(), ..document })
+}
+
 /// Writes the `STORE` file of a new store, or of a store with a new keyring.
 ///
 /// # Errors

@@ -12,10 +12,12 @@
 //! - `env` is the immutable context. `catalogue`, `anchor`, `identity`, `scheduler`, `lock`,
 //!   `trusted_clock` and `removal` each have one mechanism.
 
+mod adoption;
 mod anchor;
 mod anchoring;
 mod assembly;
 mod auto_rotation;
+mod backup;
 mod builder;
 mod catalogue;
 mod core;
@@ -38,6 +40,7 @@ mod registry;
 mod removal;
 mod repair;
 mod reserve;
+mod restore;
 mod retention;
 mod rewrap_all;
 mod scheduler;
@@ -46,6 +49,7 @@ mod trusted_clock;
 mod unanswered;
 
 pub use anchor::{Anchor, AnchorPlace, AnchorStatus, DirAnchor};
+pub use backup::{BackupOptions, BackupReport, CopyProgress};
 pub use builder::StoreBuilder;
 pub use catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX};
 pub use handles::{Admin, Keys, Store};
@@ -62,6 +66,7 @@ pub use options::{Background, StoreOptions};
 pub use removal::DeleteReport;
 pub use repair::{FailedRepair, ShardRepair, StoreRepairReport};
 pub use reserve::ReserveStatus;
+pub use restore::{RestoreOptions, RestoreReport};
 pub use retention::{RetainOptions, RetentionReport, RetentionStatus};
 pub use rewrap_all::{RewrapOptions, RewrapProgress, RewrapReport};
 pub use service_rotation::ServiceRotation;

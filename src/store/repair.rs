@@ -7,7 +7,8 @@ use serde::Serialize;
 use tracing::warn;
 
 use super::{
-    catalogue::Change, core::Core, inspect::VerifyFault, logstores, removal::DeleteReport,
+    adoption::open_with_any_metadata, catalogue::Change, core::Core, inspect::VerifyFault,
+    logstores, removal::DeleteReport,
 };
 use crate::{
     Error, ErrorKind, Result,
@@ -82,7 +83,7 @@ fn repair_logstore(
     options: &RepairOptions,
     report: &mut StoreRepairReport,
 ) -> Result<()> {
-    let shards = core.registry.logstore(name)?.shards.len();
+    let shards = open_with_any_metadata(core, name)?.shards.len();
     for shard in 0..shards as u32 {
         let repaired = repair_shard(core, name, shard, options)?;
         if repaired.segment.is_some() || !repaired.losses.is_empty() {
@@ -174,7 +175,7 @@ pub(super) fn repair_shard(
 ) -> Result<RepairReport> {
     core.registry.check_writable()?;
     let _borrowed = core.env.reserve.borrow();
-    let logstore = core.registry.logstore(name)?;
+    let logstore = open_with_any_metadata(core, name)?;
     let missing = || Error::ShardMissing { logstore: name.clone(), shard };
     let shard = logstore.shards.get(shard as usize).ok_or_else(missing)?;
     let mut losses = Vec::new();

@@ -17,7 +17,7 @@ pub(crate) use catalogue::{copy_path, is_meta, meta_path, newest_meta, remove_bo
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::unix::fs::PermissionsExt,
+    os::{fd::BorrowedFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex,
@@ -513,6 +513,10 @@ macro_rules! quick_disk {
             fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
                 $inner(self).stat(path)
             }
+
+            fn link(&self, file: &dyn DiskFile, path: &Path) -> io::Result<()> {
+                $inner(self).link(file, path)
+            }
         }
     };
 }
@@ -555,6 +559,14 @@ impl DiskFile for QuickFile {
 
     fn map(&self) -> io::Result<Map> {
         self.0.map()
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.0.descriptor()
+    }
+
+    fn clone_contents(&self, from: &dyn DiskFile) -> io::Result<()> {
+        self.0.clone_contents(from)
     }
 }
 
@@ -630,7 +642,12 @@ impl World {
     }
 
     pub(crate) fn builder(&self) -> StoreBuilder {
-        let builder = Store::builder(self.store_dir(), self.keyring(), Provider::new())
+        self.builder_at(&self.store_dir())
+    }
+
+    /// The builder of a copy of the store in another directory, with the same keyring.
+    pub(crate) fn builder_at(&self, dir: &Path) -> StoreBuilder {
+        let builder = Store::builder(dir, self.keyring(), Provider::new())
             .kms(Arc::clone(&self.kms) as _)
             .disk(Arc::new(QuickDisk))
             .options(self.options);

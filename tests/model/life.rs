@@ -437,7 +437,9 @@ impl Life {
             (1, _) => (Position::End, all.len()),
             (0, _) | (_, None) => (Position::Begin, 0),
             (2, Some(record)) => {
-                let seq = record.seq + (index as u64 / 20);
+                // A number above the end is an error.
+                let end = all.last().map_or(0, |last| last.seq + 1);
+                let seq = (record.seq + (index as u64 / 20)).min(end);
                 (Position::Seq(seq), all.partition_point(|record| record.seq < seq))
             }
             (_, Some(record)) => {

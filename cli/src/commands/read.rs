@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use envelog::{Logstore, LostRange, Position, ReadOptions, Reader};
+use envelog::{Error, Logstore, LostRange, Position, ReadOptions, Reader};
 
 use crate::{
     args::{Format, ReadArgs, TailArgs},
@@ -25,13 +25,21 @@ pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
     let from = args.since.map_or(args.from, before_now);
     // Print the logs read before an error.
     let progress = Progress::beside_output(None);
-    let outcome = shards(&logstore, args.shard).into_iter().try_for_each(|shard| {
+    let all = shards(&logstore, args.shard);
+    let is_one = all.len() == 1;
+    let outcome = all.into_iter().try_for_each(|shard| {
         if printer.is_full() {
             return Ok(());
         }
         let options = ReadOptions::default().from(from).to(args.to).skip_lost(args.skip_lost);
         let mut reader = logstore.read(shard, &options)?;
-        while let Some(record) = reader.try_next()? {
+        loop {
+            let record = match reader.try_next() {
+                // Of several shards, one may have fewer groups than the others.
+                Err(Error::AboveEnd { .. }) if !is_one => None,
+                record => record?,
+            };
+            let Some(record) = record else { break };
             progress.add(record.bytes.len() as u64);
             printer.record(shard, &record)?;
             if printer.is_full() {

@@ -347,6 +347,11 @@ impl AuditFiles {
     }
 }
 
+/// Whether a file of the log may have this name.
+pub(crate) fn is_audit_file(name: &str) -> bool {
+    number_of(name).is_some()
+}
+
 /// The number in the name of a file of the log, if the name is exactly that of this number.
 pub(super) fn number_of(name: &str) -> Option<u32> {
     let number = name.strip_prefix("audit-")?.strip_suffix(".log")?.parse().ok()?;

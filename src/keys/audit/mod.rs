@@ -24,7 +24,7 @@ mod tail;
 mod tests;
 mod transitions;
 
-pub(crate) use files::FILE_BYTES_LIMIT;
+pub(crate) use files::{FILE_BYTES_LIMIT, is_audit_file};
 pub(crate) use log::AuditLog;
 pub(crate) use record::AuditHead;
 pub use record::{AuditEvent, AuditRecord};

@@ -71,6 +71,9 @@ pub enum AuditEvent {
     GivenUp,
     /// A store that has an anchor was opened for writing without it.
     OpenedWithoutAnchor,
+    /// The store was restored from a backup. The detail names the backup, the user of the process,
+    /// and the time from which on records were left out.
+    Restored,
 }
 
 /// One record of the key audit log.

@@ -453,6 +453,37 @@ pub(crate) fn write_first(
     io::write_twice(disk, &path, &bytes, Existing::Keep).map_err(Error::io("write", path))
 }
 
+/// Writes a catalogue into the copy of a store in `dir`, in two new files of this epoch, and removes
+/// the other files. The caller holds the lock of the copy.
+///
+/// # Errors
+/// [`Error::Io`]; the keyring has no newest version.
+pub(crate) fn write_copy(
+    disk: &dyn Disk,
+    dir: &Path,
+    store: StoreId,
+    keyring: &Keyring,
+    catalogue: &Catalogue,
+    epoch: u64,
+) -> Result<()> {
+    let dir = super::dir(dir);
+    let entries = disk.list_dir(&dir).map_err(Error::io("list", &dir))?;
+    let places = entries.iter().filter_map(|entry| Place::parse(&entry.name));
+    let newest = places.max().unwrap_or(Place { epoch, serial: 0 });
+    let place = match newest.epoch.cmp(&epoch) {
+        std::cmp::Ordering::Less => Place { epoch, serial: 1 },
+        _ => Place { serial: newest.serial.saturating_add(1), ..newest },
+    };
+    let (bytes, _) = encode_snapshot(catalogue, place, store, keyring)?;
+    let path = place.path(&dir);
+    io::write_twice(disk, &path, &bytes, Existing::Keep).map_err(Error::io("write", &path))?;
+    for other in entries.iter().filter(|entry| is_catalogue_file(&entry.name)) {
+        let other = dir.join(&other.name);
+        disk.remove_file(&other).map_err(Error::io("remove", other))?;
+    }
+    disk.sync_dir(&dir).map_err(Error::io("sync", dir))
+}
+
 /// The highest epoch in the names of the catalogue files in `dir`. It is not authenticated.
 ///
 /// # Errors

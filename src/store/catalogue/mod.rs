@@ -28,7 +28,7 @@ use crate::{
 
 pub(super) use file::{
     Loaded, exists, is_catalogue_file_or_temporary, load_mirror, load_newest, newest_epoch,
-    write_first,
+    write_copy, write_first,
 };
 pub(super) use journal::Journal;
 

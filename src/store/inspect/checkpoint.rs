@@ -14,7 +14,7 @@ use crate::{
     logstore::LogstoreShared,
     shard::{Head, ShardRecord},
     store::{
-        catalogue::{Change, Entry, check_audit_head, check_entry, unique},
+        catalogue::{Catalogue, Change, Entry, check_audit_head, check_entry, unique},
         core::Core,
         registry::Registry,
     },
@@ -183,18 +183,34 @@ pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
         admin.sync_tip()?;
     }
     let catalogue_generation = registry.catalogue().generation;
-    let body = CheckpointBody {
-        taken_us: env.clock.wall_us(),
-        catalogue_generation,
-        audit: keys.audit().head(),
-        logstores,
+    let audit = keys.audit().head();
+    drop(admin);
+    let body = CheckpointBody { taken_us: 0, catalogue_generation, audit, logstores };
+    Ok(Checkpoint { failed: all.failed, ..seal(core, body)? })
+}
+
+/// The checkpoint of a catalogue: its heads, which are durable.
+///
+/// # Errors
+/// The service key cannot be used.
+pub(in crate::store) fn checkpoint_of(core: &Core, catalogue: &Catalogue) -> Result<Checkpoint> {
+    let entry = |(name, entry): (&LogstoreName, &Entry)| {
+        let Entry { id, generation, shards, .. } = entry.clone();
+        (name.clone(), CheckpointEntry { id, generation, shards })
     };
-    let keyring = keys.keyring();
+    let (catalogue_generation, audit) = (catalogue.generation, catalogue.audit.clone());
+    let logstores = catalogue.logstores.iter().map(entry).collect();
+    seal(core, CheckpointBody { taken_us: 0, catalogue_generation, audit, logstores })
+}
+
+/// Authenticates a checkpoint that is taken now.
+fn seal(core: &Core, body: CheckpointBody) -> Result<Checkpoint> {
+    let body = CheckpointBody { taken_us: core.env.clock.wall_us(), ..body };
+    let (generation, store) = (body.catalogue_generation, core.env.id);
+    let keyring = core.keys.keyring();
     let version = keyring.newest();
-    let document =
-        Document::new(DocumentKind::Checkpoint, env.id, catalogue_generation, version, &body);
-    let bytes = document.seal(&keyring.document_key(version)?);
-    Ok(Checkpoint { bytes, failed: all.failed })
+    let document = Document::new(DocumentKind::Checkpoint, store, generation, version, &body);
+    Ok(Checkpoint { bytes: document.seal(&keyring.document_key(version)?), failed: Vec::new() })
 }
 
 /// Authenticates a checkpoint of this store.

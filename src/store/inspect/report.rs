@@ -127,7 +127,11 @@ impl VerifyReport {
     }
 
     /// Adds a finding to the report. Returns an error that is no finding.
-    pub(super) fn note(&mut self, logstore: Option<&LogstoreName>, error: Error) -> Result<()> {
+    pub(in crate::store) fn note(
+        &mut self,
+        logstore: Option<&LogstoreName>,
+        error: Error,
+    ) -> Result<()> {
         match (error.kind(), logstore) {
             (ErrorKind::Integrity, _) => self.faults.push(VerifyFault::of(logstore, &error)),
             (ErrorKind::Revoked | ErrorKind::KmsUnreachable, Some(name)) => {

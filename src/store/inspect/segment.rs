@@ -115,15 +115,21 @@ impl<'c> SegmentCheck<'c> {
 
     /// Compares the blocks so far with the heads that end here.
     fn check_heads(&mut self) {
-        let Self { report, name, shard, header, file_len, reader, builder, heads, .. } = self;
+        let Self { report, name, shard, header, end, file_len, reader, builder, heads, .. } = self;
         let faults = &mut report.faults;
+        let lacks_footer = matches!(end, End::Damaged(_));
         heads.retain(|head| {
             let so_far = builder.so_far();
             if so_far.block_count != head.blocks {
                 return true;
             }
             let same = head.segment == header.segment && builder.digest() == head.digest;
-            let bytes = if head.sealed { *file_len } else { reader.offset };
+            let bytes = match head.sealed {
+                // The missing end was reported when the segment was opened.
+                true if lacks_footer => head.bytes,
+                true => *file_len,
+                false => reader.offset,
+            };
             let last_time_us = header.last_time_us(so_far);
             let ends = (so_far.end_seq, bytes, last_time_us)
                 == (head.end_seq, head.bytes, head.last_time_us);

@@ -196,6 +196,16 @@ impl Verification<'_> {
             Ok(found) => on_disk = found.tagged,
             Err(error) => self.report.note(Some(name), error)?,
         }
+        let named = self.core.registry.entry(name).map(|entry| entry.generation);
+        if let Ok(named) = named.as_ref()
+            && *named < generation
+            && self.core.env.read_only
+        {
+            let what = format!(
+                "the metadata of Logstore {name} is of generation {generation}, the catalogue names {named}"
+            );
+            self.report.note(Some(name), Error::RolledBack { what })?;
+        }
         if let Some(expected) = expected.filter(|expected| generation < expected.generation) {
             let what = format!(
                 "the metadata is of generation {generation}, it was {} at the checkpoint",

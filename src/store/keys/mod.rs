@@ -7,6 +7,7 @@ mod probes;
 
 use std::{
     collections::BTreeMap,
+    path::PathBuf,
     sync::{Arc, OnceLock, Weak},
 };
 
@@ -15,6 +16,7 @@ use crate::{
     Error, Result,
     config::{ConfigError, LogstoreName},
     ids::{LogstoreId, hex_decode},
+    io::Disk,
     key_status::Refusal,
     keys::{
         AuditEvent,
@@ -141,6 +143,19 @@ impl KeyService {
     /// The key audit log.
     pub(crate) fn audit(&self) -> &AuditLog {
         &self.audit
+    }
+
+    /// The key audit log by the files in another directory, for reading.
+    pub(crate) fn audit_log_in(&self, disk: &Arc<dyn Disk>, dir: PathBuf) -> AuditLog {
+        AuditLog::new(
+            Arc::clone(disk),
+            Arc::clone(&self.env.clock),
+            Arc::clone(&self.service),
+            dir,
+            self.env.options.audit_file_bytes,
+            Arc::clone(&self.counters),
+            None,
+        )
     }
 
     /// A gate with these keys.

@@ -11,6 +11,7 @@ use crate::{
     ids::LogstoreId,
     keys::{
         gate::{FollowWriter, GateKeys},
+        keyring::Keyring,
         lease::Lease,
     },
     logstore::{LogstoreShared, Meta, MetaName},
@@ -87,9 +88,31 @@ impl Registry {
                 Err(Error::RolledBack { .. } | Error::Truncated { .. }) if attempts < 3 => {
                     attempts += 1
                 }
-                loaded => return loaded.map(|(meta, _)| (entry, meta)),
+                Err(error @ Error::RolledBack { .. }) => {
+                    let newer = self.newer_meta(name, &entry)?.ok_or(error)?;
+                    return Ok((entry, newer));
+                }
+                meta => return meta.map(|meta| (entry, meta)),
             }
         }
+    }
+
+    /// The newest authentic metadata of a Logstore, if it is newer than the one that the catalogue
+    /// names. The writer removes older metadata only once newer metadata is in force, so this is a
+    /// copy of a store whose catalogue was copied first. Metadata that is older would be a rollback.
+    fn newer_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<Option<Meta>> {
+        let dir = self.env.logstore_dir(entry.id);
+        let newest = MetaName::list(&*self.env.disk, &dir)?.pop();
+        let Some(newest) = newest.filter(|newest| newest.generation > entry.generation) else {
+            return Ok(None);
+        };
+        let path = dir.join(newest.to_string());
+        let load = |keyring: &Keyring| {
+            Meta::load_from(&*self.env.disk, &path, self.env.id, entry.id, keyring)
+        };
+        let meta = self.keys.with_keyring(load)?;
+        let fits = meta.config.name == *name && meta.config.shards.len() == entry.shards.len();
+        Ok(fits.then_some(meta))
     }
 
     /// Reads the metadata of a Logstore again if the writer has changed it.

@@ -1,6 +1,9 @@
 //! Opening a Logstore: its metadata, its gate and its shards.
 
-use std::sync::{Arc, Weak};
+use std::{
+    path::Path,
+    sync::{Arc, Weak},
+};
 
 use tracing::warn;
 
@@ -9,14 +12,17 @@ use crate::{
     Error, Result,
     config::LogstoreName,
     error::Location,
-    io,
+    io::{self, Disk},
     keys::{
-        gate::{FollowWriter, GateKeys},
+        gate::{FollowWriter, Gate, GateKeys},
         keyring::Keyring,
         lease::LeaseListener,
     },
-    logstore::{KeyObserver, LogstoreShared, Meta, remove_older_meta, write_plan},
-    shard::{AdmitAppend, CurrentPlan, RecordLostGroups, ReloadRecord, ShardContext, ShardOptions},
+    logstore::{KeyObserver, LogstoreShared, Meta, remove_older_meta, shard_dir, write_plan},
+    shard::{
+        AdmitAppend, CurrentPlan, RecordLostGroups, ReloadRecord, Shard, ShardContext,
+        ShardOptions, ShardRecord,
+    },
     store::{anchor::AnchorLimit, catalogue::Entry},
     sync::lock,
 };
@@ -29,7 +35,7 @@ impl Registry {
             return Ok(Arc::clone(open));
         }
         let entry = self.entry(name)?;
-        let (meta, bytes) = self.load_meta(name, &entry)?;
+        let (meta, bytes) = self.load_meta_file(name, &entry)?;
         let (disk, dir) = (&*self.env.disk, self.env.logstore_dir(entry.id));
         let path = entry.meta().path(&dir);
         meta.features.check_writing().map_err(|error| error.in_file(&path, 0))?;
@@ -44,9 +50,17 @@ impl Registry {
         Ok(self.open(meta, &entry, keys))
     }
 
-    /// Reads the metadata that an entry of the catalogue names, and returns the bytes of its file
-    /// too.
-    pub(crate) fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<(Meta, Vec<u8>)> {
+    /// Reads the metadata that an entry of the catalogue names.
+    pub(crate) fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<Meta> {
+        self.load_meta_file(name, entry).map(|(meta, _)| meta)
+    }
+
+    /// As [`Registry::load_meta`]. Returns the bytes of the file too.
+    pub(crate) fn load_meta_file(
+        &self,
+        name: &LogstoreName,
+        entry: &Entry,
+    ) -> Result<(Meta, Vec<u8>)> {
         let dir = self.env.logstore_dir(entry.id);
         let load = |keyring: &Keyring| {
             Meta::load(&*self.env.disk, &dir, self.env.id, entry.id, keyring, &entry.meta())
@@ -79,27 +93,8 @@ impl Registry {
     fn build(&self, meta: Meta, entry: &Entry, keys: GateKeys) -> Arc<LogstoreShared> {
         let leases: Vec<_> = keys.leases().cloned().collect();
         let gate = Arc::new(self.keys.new_gate(&meta.config.name, entry.id, keys));
-        let plan = Arc::new(CurrentPlan::new(write_plan(&meta, self.keys.keyring().newest())));
-        let lost: Weak<dyn RecordLostGroups> =
-            Arc::<crate::store::keys::KeyService>::downgrade(&self.keys);
-        let context = Arc::new(ShardContext {
-            disk: Arc::clone(&self.env.disk),
-            clock: Arc::clone(&self.env.clock),
-            random: Arc::clone(&self.env.random),
-            wake: Arc::clone(&self.wiring.scheduler) as _,
-            budget: Arc::clone(&self.wiring.budget),
-            hasher: Arc::clone(&self.wiring.hasher),
-            gate,
-            options: self.shard_options(),
-            read_only: self.env.read_only,
-            heads: Arc::clone(&self.catalogue) as _,
-            fence: self.fence.clone(),
-            limit: self.append_limit(),
-            plan: Arc::clone(&plan),
-            permits: self.wiring.permits.clone(),
-            reload: self.env.read_only.then(|| self.this.clone() as Weak<dyn ReloadRecord>),
-            lost,
-        });
+        let plan = self.plan(&meta);
+        let context = Arc::new(self.shard_context(gate, Arc::clone(&plan)));
         let observer: Weak<dyn KeyObserver> =
             Arc::<crate::store::keys::KeyService>::downgrade(&self.keys);
         let dir = self.env.logstore_dir(entry.id);
@@ -123,6 +118,57 @@ impl Registry {
             }
         }
         logstore
+    }
+
+    fn plan(&self, meta: &Meta) -> Arc<CurrentPlan> {
+        Arc::new(CurrentPlan::new(write_plan(meta, self.keys.keyring().newest())))
+    }
+
+    fn shard_context(&self, gate: Arc<Gate>, plan: Arc<CurrentPlan>) -> ShardContext {
+        let lost: Weak<dyn RecordLostGroups> =
+            Arc::<crate::store::keys::KeyService>::downgrade(&self.keys);
+        ShardContext {
+            disk: Arc::clone(&self.env.disk),
+            clock: Arc::clone(&self.env.clock),
+            random: Arc::clone(&self.env.random),
+            wake: Arc::clone(&self.wiring.scheduler) as _,
+            budget: Arc::clone(&self.wiring.budget),
+            hasher: Arc::clone(&self.wiring.hasher),
+            gate,
+            options: self.shard_options(),
+            read_only: self.env.read_only,
+            heads: Arc::clone(&self.catalogue) as _,
+            fence: self.fence.clone(),
+            limit: self.append_limit(),
+            plan,
+            permits: self.wiring.permits.clone(),
+            reload: self.env.read_only.then(|| self.this.clone() as Weak<dyn ReloadRecord>),
+            lost,
+        }
+    }
+
+    /// The shards of an open Logstore by the files in another directory, for reading: each has this
+    /// record, and no list of segments that the writer keeps. `meta` is the metadata beside them.
+    pub(crate) fn shards_in(
+        &self,
+        logstore: &LogstoreShared,
+        meta: &Meta,
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        records: &[ShardRecord],
+    ) -> Vec<Arc<Shard>> {
+        let context = Arc::new(ShardContext {
+            disk: Arc::clone(disk),
+            read_only: true,
+            fence: None,
+            limit: None,
+            reload: None,
+            ..self.shard_context(Arc::clone(&logstore.gate), self.plan(meta))
+        });
+        let shard = |(id, record): (u32, &ShardRecord)| {
+            Shard::new(Arc::clone(&context), id, shard_dir(dir, id), record.clone())
+        };
+        (0..).zip(records).map(shard).collect()
     }
 
     /// Refuses appends while the anchor is too far behind, if the options ask for that.

@@ -1,0 +1,117 @@
+//! `backup` and `restore`.
+
+use envelog::admin::{
+    BackupOptions, BackupReport, CopyProgress, RestoreOptions, RestoreReport, VerifyFault,
+};
+
+use crate::{
+    args::{BackupArgs, RestoreArgs},
+    exit::{Failure, Result, Status, both},
+    output::{self, Progress},
+    setup::Setup,
+};
+
+pub(crate) fn backup(setup: &Setup, args: &BackupArgs) -> Result {
+    let store = setup.open_read_only()?;
+    let options = BackupOptions::default().copy(args.copy).prune(args.prune);
+    let report = with_progress(|each| store.admin().backup(&args.dir, &options, each))?;
+    let printed = if setup.json { output::json(&report) } else { print_backup(args, &report) };
+    let advice = "the backup has the rest; restore the damaged files from an older backup, or see `envelog repair --help`";
+    both(printed, verdict(&report.faults, advice))
+}
+
+pub(crate) fn restore(setup: &Setup, args: &RestoreArgs) -> Result {
+    let options = RestoreOptions::default().copy(args.copy).until_us(args.until);
+    let report = with_progress(|each| setup.builder().restore(&args.dir, &options, each))?;
+    let printed =
+        if setup.json { output::json(&report) } else { print_restore(setup, args, &report) };
+    both(printed, verdict(&report.faults, "the rest is restored; look for it in another backup"))
+}
+
+/// Shows the progress of a copy.
+fn with_progress<T>(
+    copy: impl FnOnce(&mut dyn FnMut(CopyProgress)) -> envelog::Result<T>,
+) -> Result<T> {
+    let mut progress: Option<(u64, Progress)> = None;
+    let copied = copy(&mut |at| {
+        // The total grows as Logstores are reached.
+        if progress.as_ref().is_none_or(|(total, _)| *total != at.bytes_total) {
+            progress = Some((at.bytes_total, Progress::bytes(Some(at.bytes_total))));
+        }
+        if let Some((_, progress)) = &progress {
+            progress.set(at.bytes);
+        }
+    });
+    drop(progress);
+    Ok(copied?)
+}
+
+fn print_backup(args: &BackupArgs, report: &BackupReport) -> Result {
+    print_faults(&report.faults)?;
+    for name in &report.without_keys {
+        output::line(format_args!(
+            "note: the key of {name} cannot be used now: its new segments were verified without it"
+        ))?;
+    }
+    output::line(format_args!(
+        "{}: {} has every log that was durable at {}: {} Logstores, {} segments, {}",
+        output::moment(report.finished_us),
+        args.dir.display(),
+        output::moment(report.begun_us),
+        output::count(report.logstores),
+        output::count(report.segments),
+        output::size(report.bytes),
+    ))?;
+    output::line(format_args!(
+        "copied {} segments, {}; shared {} segments, {}, with the store",
+        output::count(report.segments_copied),
+        output::size(report.bytes_copied),
+        output::count(report.segments_shared),
+        output::size(report.bytes_shared),
+    ))?;
+    if args.prune {
+        let (files, bytes) =
+            (output::count(report.files_pruned), output::size(report.bytes_pruned));
+        output::line(format_args!("removed {files} files, {bytes}, from the backup"))?;
+    }
+    Ok(())
+}
+
+fn print_restore(setup: &Setup, args: &RestoreArgs, report: &RestoreReport) -> Result {
+    print_faults(&report.faults)?;
+    output::line(format_args!(
+        "restored {} Logstores, {} segments, {} to {}",
+        output::count(report.logstores),
+        output::count(report.segments),
+        output::size(report.bytes),
+        setup.store.display(),
+    ))?;
+    if let Some(until_us) = args.until {
+        output::line(format_args!(
+            "{} shards end earlier than in the backup: no log that was received after {} is restored",
+            output::count(report.shards_cut),
+            output::moment(until_us),
+        ))?;
+    }
+    output::line(format_args!(
+        "next: envelog verify{}",
+        match args.until {
+            Some(_) => String::new(),
+            None => format!(" --against {}", args.dir.join("checkpoint").display()),
+        }
+    ))
+}
+
+fn print_faults(faults: &[VerifyFault]) -> Result {
+    faults.iter().try_for_each(|fault| output::line(format_args!("FAULT {}", fault.message)))
+}
+
+fn verdict(faults: &[VerifyFault], advice: &str) -> Result {
+    let Some(first) = faults.first() else { return Ok(()) };
+    let more = match faults.len() {
+        1 => String::new(),
+        all => format!(", and {} more", all - 1),
+    };
+    let message = format!("{}{more}; {advice}", first.message);
+    Err(Failure::new(Status::Integrity, first.kind, message))
+}

@@ -1,0 +1,135 @@
+//! Copies one file to another disk, or lets both share it.
+
+use std::path::Path;
+
+use crate::{
+    Error, Result,
+    io::{Disk, DiskFile, FileKind, Temporary},
+    shard::{CopySource, Extent},
+};
+
+/// How much is copied at once, in bytes.
+const CHUNK_BYTES: usize = 1 << 20;
+/// How much is copied before it is synced, in bytes. A larger sync would delay those of the writer
+/// on the same disk.
+const SYNC_BYTES: u64 = 8 << 20;
+
+/// Whether the files of sealed segments are shared where the file system can, or copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::store) enum Whole {
+    Shared,
+    Copied,
+}
+
+/// The result for one segment, with its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::store) enum Done {
+    /// The file is there already, as long or longer.
+    Present(u64),
+    Copied(u64),
+    Shared(u64),
+}
+
+impl Done {
+    pub(in crate::store) fn bytes(self) -> u64 {
+        match self {
+            Self::Present(bytes) | Self::Copied(bytes) | Self::Shared(bytes) => bytes,
+        }
+    }
+
+    pub(in crate::store) fn is_present(self) -> bool {
+        matches!(self, Self::Present(_))
+    }
+}
+
+/// Copies files to a disk. The caller syncs the directories.
+pub(in crate::store) struct Copier<'a> {
+    pub(in crate::store) to: &'a dyn Disk,
+    pub(in crate::store) whole: Whole,
+}
+
+impl Copier<'_> {
+    /// Makes the file of a segment under `path`. A file of that name keeps it, if it is as long or
+    /// longer: the same segment grows only. Otherwise the new file replaces it, so that a process
+    /// that ends in between leaves the one or the other.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(in crate::store) fn segment(&self, source: &CopySource, path: &Path) -> Result<Done> {
+        let bytes = source.extent.bytes();
+        let found = self.to.stat(path).map_err(Error::io("look for", path))?;
+        if let Some(found) = found
+            && found.kind == FileKind::File
+            && found.len >= bytes
+        {
+            return Ok(Done::Present(found.len));
+        }
+        if self.whole == Whole::Shared
+            && matches!(source.extent, Extent::Sealed(_))
+            && self.share(&*source.file, path, found.is_some())
+        {
+            return Ok(Done::Shared(bytes));
+        }
+        self.copy(&*source.file, bytes, path)?;
+        Ok(Done::Copied(bytes))
+    }
+
+    /// Shares a file by a reflink, or else by a hard link. `false` if the file system cannot.
+    fn share(&self, file: &dyn DiskFile, path: &Path, replaces: bool) -> bool {
+        let cloned = self.make(path, |new| {
+            new.clone_contents(file)?;
+            new.sync_data()
+        });
+        if cloned.is_ok() {
+            return true;
+        }
+        let linked = if replaces {
+            // The caller holds the lock of the directory, so no other process uses the name.
+            let temporary = path.with_extension("tmp");
+            let _ = self.to.remove_file(&temporary);
+            self.to.link(file, &temporary).and_then(|()| self.to.rename(&temporary, path))
+        } else {
+            self.to.link(file, path)
+        };
+        linked.is_ok()
+    }
+
+    /// Copies the first `bytes` of a file.
+    fn copy(&self, file: &dyn DiskFile, bytes: u64, path: &Path) -> Result<()> {
+        let copied = self.make(path, |new| {
+            let mut buffer = vec![0; CHUNK_BYTES.min(bytes as usize)];
+            let (mut at, mut synced) = (0, 0);
+            while at < bytes {
+                let wanted = buffer.len().min((bytes - at) as usize);
+                let chunk = buffer.get_mut(..wanted).unwrap_or_default();
+                let read = file.read_at(chunk, at)?;
+                if read == 0 {
+                    // The file has become shorter. The copy is as long as it.
+                    break;
+                }
+                new.write_at(chunk.get(..read).unwrap_or_default(), at)?;
+                at += read as u64;
+                if at - synced >= SYNC_BYTES {
+                    new.sync_data()?;
+                    synced = at;
+                }
+            }
+            new.sync_data()
+        });
+        copied.map_err(Error::io("copy a segment to", path))
+    }
+
+    /// Makes a file with `fill` under a temporary name, and gives it its name.
+    fn make(
+        &self,
+        path: &Path,
+        fill: impl FnOnce(&dyn DiskFile) -> std::io::Result<()>,
+    ) -> std::io::Result<()> {
+        let temporary = Temporary::create(self.to, &path.with_extension(""))?;
+        let made = fill(&*temporary.file).and_then(|()| self.to.rename(&temporary.path, path));
+        made.inspect_err(|_| {
+            // Best effort: the next run, or a writer of the copy, removes it too.
+            let _ = self.to.remove_file(&temporary.path);
+        })
+    }
+}
