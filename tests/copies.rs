@@ -373,7 +373,7 @@ fn check_plain(
     assert_has(&found, &expected, context);
     let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     for fault in &report.faults {
-        let expected = matches!(fault.kind, "truncated" | "rolled_back");
+        let expected = matches!(fault.code, "truncated" | "rolled_back");
         assert!(expected, "{context}: {fault:?}");
     }
     drop(store);

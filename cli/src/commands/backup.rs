@@ -113,5 +113,5 @@ fn verdict(faults: &[VerifyFault], advice: &str) -> Result {
         all => format!(", and {} more", all - 1),
     };
     let message = format!("{}{more}; {advice}", first.message);
-    Err(Failure::new(Status::Integrity, first.kind, message))
+    Err(Failure::new(Status::Integrity, first.code, message))
 }

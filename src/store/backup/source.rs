@@ -5,8 +5,6 @@ use std::{path::PathBuf, sync::Arc};
 use crate::{
     Error, ErrorKind, Result,
     config::LogstoreName,
-    document::DOCUMENT_BYTES_MAX,
-    io,
     logstore::{LogstoreShared, Meta, MetaName},
     shard::{SegmentRef, Shard},
     store::{
