@@ -156,8 +156,9 @@ Examples:
     #[command(after_help = "\
 Examples:
   envelog doctor
+  envelog doctor --backup /backup/logs
   envelog doctor --json | jq '.findings[] | select(.action)'")]
-    Doctor,
+    Doctor(DoctorArgs),
     /// Check every block of the store, or of one Logstore
     #[command(after_help = "\
 Examples:
@@ -472,6 +473,16 @@ pub(crate) struct InspectArgs {
     /// A segment file
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// A directory with a backup of the store, to look at the age of the backup
+    #[arg(long, value_name = "DIR")]
+    pub(crate) backup: Option<PathBuf>,
+    /// The greatest age of the backup
+    #[arg(long, value_name = "DURATION", default_value = "25h", value_parser = crate::values::duration)]
+    pub(crate) backup_age: Duration,
 }
 
 #[derive(Debug, Args)]

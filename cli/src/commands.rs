@@ -39,7 +39,7 @@ pub(crate) fn run(given: Given) -> Result {
         Command::Read(args) => read::read(&setup, &args),
         Command::Tail(args) => read::tail(&setup, &args),
         Command::Status(args) => status::run(&setup, &args),
-        Command::Doctor => doctor::run(&setup),
+        Command::Doctor(args) => doctor::run(&setup, &args),
         Command::Verify(args) => verify::verify(&setup, &args),
         Command::Checkpoint(args) => verify::checkpoint(&setup, &args),
         Command::Inspect(args) => inspect::run(&setup, &args),

@@ -64,6 +64,7 @@ fn a_sound_store_needs_nothing() {
         "anchor",
         "key audit log",
         "backup",
+        "reserve",
         "Logstores",
         "permissions",
         "disk space",
@@ -74,6 +75,29 @@ fn a_sound_store_needs_nothing() {
     for word in ["keyring", "3 of 3 need nothing", "free"] {
         assert!(text.contains(word), "{word}: {text}");
     }
+}
+
+#[test]
+fn it_looks_at_the_age_of_the_last_backup() {
+    let (world, _) = world();
+    let about_backup = |args: &[&str]| {
+        let found = actions(&world, args);
+        found.into_iter().filter(|finding| finding["subject"] == "backup").collect::<Vec<_>>()
+    };
+    let none = about_backup(&["--backup", "backup"]);
+    assert!(none[0]["action"].as_str().unwrap().contains("envelog backup backup"), "{none:?}");
+    world.ok(&["backup", "backup"]);
+    assert_eq!(about_backup(&["--backup", "backup"]), Vec::<Value>::new());
+    let old = about_backup(&["--backup", "backup", "--backup-age", "1us"]);
+    assert!(old[0]["found"].as_str().unwrap().contains("older than"), "{old:?}");
+    let record = world.path("backup/BACKUP");
+    let mut json: Value = serde_json::from_slice(&fs::read(&record).unwrap()).unwrap();
+    json.as_object_mut().unwrap().remove("finished_us");
+    fs::write(&record, json.to_string()).unwrap();
+    let unfinished = about_backup(&["--backup", "backup"]);
+    assert!(unfinished[0]["found"].as_str().unwrap().contains("not finished"), "{unfinished:?}");
+    fs::write(&record, "junk").unwrap();
+    assert_eq!(about_backup(&["--backup", "backup"]).len(), 1);
 }
 
 #[test]

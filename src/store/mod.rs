@@ -49,7 +49,7 @@ mod trusted_clock;
 mod unanswered;
 
 pub use anchor::{Anchor, AnchorPlace, AnchorStatus, DirAnchor};
-pub use backup::{BackupOptions, BackupReport, CopyProgress};
+pub use backup::{BackupOptions, BackupRecord, BackupReport, CopyProgress};
 pub use builder::StoreBuilder;
 pub use catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX};
 pub use handles::{Admin, Keys, Store};

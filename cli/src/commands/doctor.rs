@@ -10,12 +10,13 @@ use std::{
 use comfy_table::Cell;
 use envelog::{
     Cmk, Error, ErrorKind, KeyState, KeyStatus, Logstore, LogstoreName, ProbeMode, Store,
-    crypto::memory_lock_status,
+    admin::BackupRecord, crypto::memory_lock_status,
 };
 use rustix::fs::{Access, access, statvfs};
 use serde::Serialize;
 
 use crate::{
+    args::DoctorArgs,
     exit::{Failure, Result, Status, both},
     output,
     setup::{Setup, names},
@@ -85,12 +86,12 @@ fn action_of(error: &Error) -> &'static str {
     }
 }
 
-pub(crate) fn run(setup: &Setup) -> Result {
+pub(crate) fn run(setup: &Setup, args: &DoctorArgs) -> Result {
     let mut findings = vec![settings(setup), clock(None), memory()];
     match setup.builder().open_read_only() {
         Ok(store) => {
             findings.push(Finding::fine("store", setup.store.display().to_string()));
-            findings.extend(of_store(setup, &store));
+            findings.extend(of_store(setup, &store, args));
         }
         // The finding about the settings has it.
         Err(Error::InvalidArgument(_)) => {}
@@ -110,8 +111,14 @@ pub(crate) fn run(setup: &Setup) -> Result {
 }
 
 /// The findings about an open store.
-fn of_store(setup: &Setup, store: &Store) -> Vec<Finding> {
-    let mut findings = vec![keyring(setup, store), anchor(store), audit(store), backup()];
+fn of_store(setup: &Setup, store: &Store, args: &DoctorArgs) -> Vec<Finding> {
+    let mut findings = vec![
+        keyring(setup, store),
+        anchor(store),
+        audit(store),
+        backup(store, args),
+        reserve(store),
+    ];
     let retention = store.admin().retention_status();
     findings.extend(retention.trusted_us.map(|trusted_us| clock(Some(trusted_us))));
     if retention.suspended {
@@ -144,10 +151,15 @@ fn settings(setup: &Setup) -> Finding {
     }
 }
 
+/// The wall clock, in microseconds since the Unix epoch.
+fn now_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+}
+
 /// The wall clock, compared with the newest time that the store trusts, if there is one.
 fn clock(trusted_us: Option<u64>) -> Finding {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let now_us = u64::try_from(now.as_micros()).unwrap_or(u64::MAX);
+    let now_us = now_us();
     let behind = Duration::from_micros(trusted_us.unwrap_or(CLOCK_MIN_US).saturating_sub(now_us));
     let limit = trusted_us.map_or(Duration::ZERO, |_| CLOCK_BEHIND_MAX);
     let now = output::moment(now_us);
@@ -232,9 +244,46 @@ fn audit(store: &Store) -> Finding {
     }
 }
 
-/// The age of the last backup. The store has no record of its backups, so this is a reminder.
-fn backup() -> Finding {
-    Finding::fine("backup", "the store has no record of its backups: see docs/operations.md")
+/// The age of the last backup, by the record in its directory. The store has none.
+fn backup(store: &Store, args: &DoctorArgs) -> Finding {
+    let Some(dir) = &args.backup else {
+        return Finding::fine("backup", "name its directory with --backup to look at its age");
+    };
+    let again = format!("run `envelog backup {}`", dir.display());
+    let record = match BackupRecord::read(dir) {
+        Ok(record) if record.store == store.id() => record,
+        Ok(_) => {
+            let found = format!("{} has a backup of another store", dir.display());
+            return Finding::acts("backup", found, "name the directory of this store's backup");
+        }
+        Err(error) => return Finding::acts("backup", error.to_string(), again),
+    };
+    let Some(finished_us) = record.finished_us else {
+        let begun = output::moment(record.begun_us);
+        let found = format!("the run that began at {begun} has not finished");
+        return Finding::acts("backup", found, format!("{again} again, unless it is under way"));
+    };
+    let made = format!("of {}", output::moment(finished_us));
+    match now_us().saturating_sub(record.begun_us) > args.backup_age.as_micros() as u64 {
+        true => Finding::acts(
+            "backup",
+            format!("{made}, older than {}", show_duration(args.backup_age)),
+            again,
+        ),
+        false => Finding::fine("backup", made),
+    }
+}
+
+/// Whether the store has the room that it keeps for a full disk.
+fn reserve(store: &Store) -> Finding {
+    match store.admin().reserve_status() {
+        status if status.is_short() => Finding::acts(
+            "reserve",
+            "the store does not have all of the room that it keeps for a full disk",
+            "make room on the disk",
+        ),
+        _ => Finding::fine("reserve", "the store keeps room for a full disk"),
+    }
 }
 
 /// The findings about the Logstores, and about the master keys that they are under.

@@ -9,6 +9,7 @@
 mod copy;
 mod logstore;
 mod prune;
+mod record;
 mod source;
 mod target;
 
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use tracing::info;
 
 pub(super) use copy::{Copier, Done, Whole};
+pub use record::BackupRecord;
 
 use super::{
     catalogue::{Catalogue, Entry},
@@ -30,7 +32,7 @@ use crate::{
 };
 use logstore::{Copied, CopyLogstore};
 use source::{Source, View};
-use target::{BackupRecord, Target};
+use target::Target;
 
 /// How often a run begins again because a rotation of the service key has ended meanwhile.
 const ATTEMPTS: u32 = 4;

@@ -6,14 +6,16 @@ use std::{
     sync::Arc,
 };
 
-use serde::{Deserialize, Serialize};
-
-use super::{BackupReport, refused};
+use super::{
+    BackupReport,
+    record::{BackupRecord, RECORD},
+    refused,
+};
 use crate::{
     Error, ErrorKind, Result,
     document::{DOCUMENT_BYTES_MAX, to_json},
     epoch,
-    ids::{LogstoreId, StoreId},
+    ids::LogstoreId,
     io::{self, Access, Disk, Existing, FileKind},
     keys::audit::is_audit_file,
     store::{
@@ -26,39 +28,9 @@ use crate::{
     },
 };
 
-/// The name of the record of the last run.
-const RECORD: &str = "BACKUP";
 const CHECKPOINT: &str = "checkpoint";
 /// The longest file of the key audit log that is copied, in bytes.
 const AUDIT_BYTES_MAX: u64 = 65 << 20;
-
-/// The record of the last run, for people and monitoring. Nothing authenticates it and nothing
-/// depends on it, except that a directory with such a file may be used for a backup.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct BackupRecord {
-    store: StoreId,
-    begun_us: u64,
-    /// Absent while a run is under way, and after one that was interrupted.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    finished_us: Option<u64>,
-    segments: u64,
-    bytes: u64,
-    bytes_copied: u64,
-}
-
-impl BackupRecord {
-    pub(super) fn of(core: &Core, report: &BackupReport) -> Self {
-        Self {
-            store: core.env.id,
-            begun_us: report.begun_us,
-            finished_us: Some(report.finished_us),
-            segments: report.segments,
-            bytes: report.bytes,
-            bytes_copied: report.bytes_copied,
-        }
-    }
-}
 
 /// The directory of a backup, locked.
 pub(super) struct Target {
