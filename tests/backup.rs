@@ -346,7 +346,8 @@ fn pruning_removes_what_the_store_has_destroyed() {
         let id = store.logstore(&name("p/service")).unwrap().id().to_string();
         let names = fs::read_dir(dir.join("logstores").join(id)).unwrap();
         let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        names.filter(|name| name.starts_with("meta-")).count()
+        // Of the second copies none counts.
+        names.filter(|name| name.starts_with("meta-") && !name.ends_with(".copy")).count()
     };
     assert!(!dropped.is_empty());
 

@@ -101,6 +101,8 @@ impl Verification<'_> {
         if let Err(error) = keyring.verify_file() {
             self.report.note(None, error)?;
         }
+        // Reading a probe takes the keyring.
+        drop(keyring);
         for path in keys.probe_paths()? {
             match keys.read_probe(&path) {
                 Err(error) if !error.is_not_found() => self.report.note(None, error)?,
