@@ -315,12 +315,22 @@ fn what_is_older_than_it_was_is_rolled_back() {
     for (what, damaged, code) in [
         ("the metadata", older_meta(AES), "rolled_back"),
         ("the metadata, before a rotation", older_meta(SM4), "rolled_back"),
-        ("the catalogue", image.with_dir_of(&catalogue, &old), "rolled_back"),
         ("the audit log", put_back(&audit, &old), "truncated"),
         ("a segment from before it was sealed", put_back(&last, &open), "truncated"),
     ] {
         assert_found(&fixture, what, &damaged, code);
     }
+    // A reader goes by the newer metadata, as in a copy of a store whose catalogue was copied first.
+    let older_catalogue = image.with_dir_of(&catalogue, &old);
+    let verdict = fixture.examine(&older_catalogue, None);
+    assert!(verdict.is_verified(&["rolled_back"]), "{verdict:?}");
+    assert_eq!(verdict.keyless.first(), Some(&"rolled_back"), "{verdict:?}");
+    let writer = fixture.builder(MemoryDisk::of(&older_catalogue)).open().unwrap();
+    for logstore in [AES, SM4] {
+        let refused = writer.logstore(&name(logstore)).map(drop).unwrap_err();
+        assert_eq!(refused.code(), "rolled_back");
+    }
+    drop(writer);
     let logstore = aes.parent().unwrap();
     assert_found(&fixture, "a whole Logstore", &image.with_dir_of(logstore, &old), "rolled_back");
 

@@ -101,8 +101,13 @@ impl Verification<'_> {
         if let Err(error) = keyring.verify_file() {
             self.report.note(None, error)?;
         }
-        // Reading a probe takes the keyring.
-        drop(keyring);
+        Ok(())
+    }
+
+    /// Verifies the probes. Reading one may load a newer keyring, so the caller does not hold the
+    /// administration.
+    fn probes(&mut self) -> Result<()> {
+        let keys = &self.core.keys;
         for path in keys.probe_paths()? {
             match keys.read_probe(&path) {
                 Err(error) if !error.is_not_found() => self.report.note(None, error)?,
@@ -478,6 +483,9 @@ pub(in crate::store) fn verify(
         }
         core.registry.names()
     };
+    if service_key.is_ok() && options.logstore.is_none() {
+        verification.probes()?;
+    }
     let mut logstores = Vec::new();
     for name in
         names.iter().filter(|name| options.logstore.as_ref().is_none_or(|only| only == *name))
