@@ -292,9 +292,13 @@ fn is_catalogue_file(path: &Path) -> bool {
         && name.split_once('-').is_some_and(|(epoch, serial)| number(epoch) && number(serial))
 }
 
-/// The current path of a catalogue file or of metadata: each opening for writing starts a new
+/// The current path of a catalogue file or of metadata, or of its second copy: each opening for writing starts a new
 /// catalogue file, and each change of a Logstore a new metadata file.
 fn as_it_is_now(path: &Path, store: &Path) -> PathBuf {
+    let name = path.to_str().unwrap();
+    if let Some(original) = name.strip_suffix(".copy") {
+        return beside(&as_it_is_now(Path::new(original), store), ".copy");
+    }
     if is_catalogue_file(path) {
         catalogue_file(store)
     } else if is_metadata(path) {
@@ -305,7 +309,8 @@ fn as_it_is_now(path: &Path, store: &Path) -> PathBuf {
 }
 
 fn is_metadata(path: &Path) -> bool {
-    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("meta-"))
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.starts_with("meta-") && !name.contains('.')
 }
 
 /// The newest metadata in the directory of a Logstore.

@@ -209,7 +209,7 @@ fn a_full_disk_is_freed_by_the_program_itself() {
     "#;
     let Some(said) = with_own_mounts(&world, script) else { return };
     assert!(said.contains("free pages: 0\n") && said.contains("free inodes: 0\n"), "{said}");
-    assert!(said.contains("append: 1\n") && said.contains("\"kind\":\"disk_full\""), "{said}");
+    assert!(said.contains("append: 1\n") && said.contains("\"code\":\"disk_full\""), "{said}");
     let status: Value = serde_json::from_str(&said[said.find("\n{\n").unwrap()..]).unwrap();
     let whole = json!({"bytes": 1 << 20, "wanted_bytes": 1 << 20, "inodes": 4, "wanted_inodes": 4});
     assert_eq!(status["reserve"], whole);

@@ -30,7 +30,7 @@ pub(crate) fn is_either_or_temporary(name: &str, of: &str) -> bool {
 }
 
 /// Writes the file `path` and its second copy, each as [`write_file`] does. The file gets its name
-/// first.
+/// first. An object of another type that has the name of the second copy stays.
 ///
 /// # Errors
 /// The error of the file system. Each of the two is then the old or the new file.
@@ -42,9 +42,12 @@ pub(crate) fn write_twice(
 ) -> io::Result<()> {
     let beside = copy_path(path);
     let original = NewFile::write(disk, path, bytes, existing)?;
-    let copy = NewFile::write(disk, &beside, bytes, existing)?;
+    let copy = match disk.stat(&beside)? {
+        Some(stat) if stat.kind != FileKind::File => None,
+        _ => Some(NewFile::write(disk, &beside, bytes, existing)?),
+    };
     original.give_name()?;
-    copy.give_name()?;
+    copy.map_or(Ok(()), NewFile::give_name)?;
     sync_parent(disk, path)
 }
 

@@ -256,6 +256,7 @@ fn a_finished_store_without_its_identity_is_never_overwritten() {
     let identity = fs::read(early.store("STORE")).unwrap();
     let keyring = fs::read(early.keyring()).unwrap();
     remove(&early.store("STORE"));
+    remove(&early.store("STORE.copy"));
     // With and without the record of its own creation, its keyring, its lock file and its audit
     // log.
     for record in [None, Some(&record)] {

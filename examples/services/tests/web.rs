@@ -88,7 +88,7 @@ async fn a_status_says_who_has_to_act() {
     world.store.logstore(&"app/byok".parse().unwrap()).unwrap().revalidate_now().unwrap_err();
     let refused = world.call("POST", "/app/byok", "x").await;
     assert_eq!(refused.status(), StatusCode::FORBIDDEN);
-    assert!(text(refused).await.contains(r#""error":"revoked""#));
+    assert!(text(refused).await.contains(r#""code":"revoked""#));
     assert_eq!(world.call("GET", "/app/byok", "").await.status(), StatusCode::FORBIDDEN);
     // The neighbour is undisturbed.
     assert_eq!(world.call("POST", "/app/plain", "x").await.status(), StatusCode::OK);

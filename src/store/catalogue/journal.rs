@@ -2,9 +2,12 @@
 //! journal is long.
 
 use std::{
+    iter,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
+
+use tracing::warn;
 
 use super::{
     super::{
@@ -75,7 +78,9 @@ struct Files {
 /// The file that takes the records, and its second copy.
 struct Writer {
     fence: Arc<Fence>,
-    files: [Arc<dyn DiskFile>; 2],
+    file: Arc<dyn DiskFile>,
+    /// `None` if an object of another type has its name.
+    copy: Option<Arc<dyn DiskFile>>,
     path: PathBuf,
     serial: u64,
     /// The length of the snapshot with its tips.
@@ -91,22 +96,21 @@ struct Writer {
 impl Writer {
     fn mirror(&self) -> Mirror {
         let place = AnchorPlace { epoch: self.fence.epoch(), serial: self.serial };
-        let [file, _] = &self.files;
-        Mirror::new(Arc::clone(file), place, self.end)
+        Mirror::new(Arc::clone(&self.file), place, self.end)
+    }
+
+    fn files(&self) -> impl Iterator<Item = &Arc<dyn DiskFile>> {
+        iter::once(&self.file).chain(&self.copy)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
-        let mut files = self.files.iter();
-        files
+        self.files()
             .try_for_each(|file| file.write_at(bytes, offset))
             .map_err(Error::io("write", &self.path))
     }
 
     fn sync(&self) -> Result<()> {
-        self.files
-            .iter()
-            .try_for_each(|file| file.sync_data())
-            .map_err(Error::io("sync", &self.path))
+        self.files().try_for_each(|file| file.sync_data()).map_err(Error::io("sync", &self.path))
     }
 }
 
@@ -181,10 +185,27 @@ impl Journal {
         disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
         let open =
             |path: &Path| disk.open(path, OpenMode::ReadWrite).map_err(Error::io("open", path));
-        let files = [open(&path)?, open(&beside)?];
+        let file = open(&path)?;
+        let copy = match open(&beside) {
+            Err(error @ Error::WrongFileType { .. }) => {
+                warn!(%error, "catalogue without a second copy");
+                None
+            }
+            opened => Some(opened?),
+        };
         let len = bytes.len() as u64;
         let last = Tip { number: catalogue.generation, tag };
-        Ok(Writer { fence, files, path, serial, snapshot_len: len, end: len, last, settled: true })
+        Ok(Writer {
+            fence,
+            file,
+            copy,
+            path,
+            serial,
+            snapshot_len: len,
+            end: len,
+            last,
+            settled: true,
+        })
     }
 
     /// The durable catalogue. The caller must not commit while it holds this guard.

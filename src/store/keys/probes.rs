@@ -83,7 +83,7 @@ impl KeyService {
         ])
     }
 
-    /// The files in the directory of probes, temporary ones left out.
+    /// The files that have the name of a probe.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -94,7 +94,7 @@ impl KeyService {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             entries => entries.map_err(Error::io("list", &dir))?,
         };
-        let files = entries.iter().filter(|entry| !entry.name.ends_with(".tmp"));
+        let files = entries.iter().filter(|entry| is_probe(&entry.name));
         Ok(files.map(|entry| dir.join(&entry.name)).collect())
     }
 
