@@ -44,7 +44,8 @@ pub(crate) fn may_be_lost(error: &Error) -> bool {
 /// lost or damaged.
 ///
 /// # Errors
-/// The error of the file, if its second copy cannot be loaded either.
+/// The error of the file, if its second copy cannot be loaded either; of the second copy, if the
+/// file does not exist.
 pub(crate) fn load_either<T>(
     path: &Path,
     mut load: impl FnMut(&Path) -> crate::Result<T>,
@@ -54,7 +55,11 @@ pub(crate) fn load_either<T>(
         loaded => return loaded,
     };
     let copy = io::copy_path(path);
-    let loaded = load(&copy).map_err(|_| error.clone())?;
+    let is_missing = error.is_not_found();
+    let loaded = load(&copy).map_err(|of_copy| match is_missing && !of_copy.is_not_found() {
+        true => of_copy,
+        false => error.clone(),
+    })?;
     warn!(path = %path.display(), %error, "file lost or damaged; its second copy is in use");
     Ok(loaded)
 }

@@ -1117,6 +1117,7 @@ mod tests {
             groups_salvaged: 0,
             bytes_lost: 0,
             losses: Vec::new(),
+            metadata: None,
         };
         let none = crate::admin::RepairReport { segment: None, ..repair.clone() };
         let delete = crate::admin::DeleteReport { left: vec![path] };

@@ -100,15 +100,15 @@ pub mod admin {
     pub use crate::{
         config::{ShardInfo, ShardStatus},
         logstore::DataKeyStatus,
-        shard::{AcceptedLoss, RecoveryNotice, RepairOptions, RepairReport},
+        shard::{AcceptedLoss, AdoptedMetadata, RecoveryNotice, RepairOptions, RepairReport},
         store::{
             Anchor, AnchorPlace, AnchorStatus, BackupOptions, BackupRecord, BackupReport,
             Checkpoint, CmkVersionUsage, CopyProgress, DataKeyUsage, DeleteReport, DirAnchor,
-            FailedRepair, KeyNeed, KeyUsage, MasterKeyUsage, RecoverProgress, RecoverReport,
-            Recoverable, ReplaceCmk, ReserveStatus, RestoreOptions, RestoreReport, RetainOptions,
-            RetentionReport, RetentionStatus, RewrapOptions, RewrapProgress, RewrapReport,
-            ServiceKeyUsage, ServiceRotation, ShardRepair, StoreRepairReport, VerifyFault,
-            VerifyOptions, VerifyProgress, VerifyReport,
+            FailedRepair, KeyNeed, KeyUsage, MasterKeyUsage, MetadataRepair, RecoverProgress,
+            RecoverReport, Recoverable, ReplaceCmk, ReserveStatus, RestoreOptions, RestoreReport,
+            RetainOptions, RetentionReport, RetentionStatus, RewrapOptions, RewrapProgress,
+            RewrapReport, ServiceKeyUsage, ServiceRotation, ShardRepair, StoreRepairReport,
+            VerifyFault, VerifyOptions, VerifyProgress, VerifyReport,
         },
     };
 }

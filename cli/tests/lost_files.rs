@@ -100,7 +100,7 @@ fn the_losses_of_a_store_are_accepted() {
     let repaired = world.run(&["repair", "--yes", "--json"]);
     repaired.assert(5);
     let report: serde_json::Value = serde_json::from_slice(&repaired.stdout).unwrap();
-    assert_eq!(report["audit"]["kind"], json!("truncated"));
+    assert_eq!(report["audit"]["code"], json!("truncated"));
     assert_eq!(report["shards"][0]["losses"][0]["first_ordinal"], json!(2));
     assert_eq!(report["failed"][0]["logstore"], json!("p/gone"));
     world.refused(6, &["repair", "--give-up", "p/l", "--yes"]);
@@ -183,6 +183,50 @@ fn a_damaged_logstore_hides_no_other() {
         assert_eq!(checkpoint["failed"][0]["name"], "p/l");
         world.ok(&["verify", "p/other", "--against", "checkpoint"]);
     }
+}
+
+/// Older metadata with the envelope of a destroyed data key is put back in the place of the newest.
+#[test]
+fn older_metadata_needs_more_than_a_yes() {
+    let world = filled();
+    let logstore = segment(&world, 1).ancestors().nth(2).unwrap().to_owned();
+    let metadata = || -> Vec<_> {
+        let entries = fs::read_dir(&logstore).unwrap().map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.is_file()).collect()
+    };
+    let old: Vec<_> =
+        metadata().into_iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect();
+    world.ok(&["keys", "rotate-data", "p/l"]);
+    world.ok(&["checkpoint", "--out", "before"]);
+    metadata().iter().for_each(|path| fs::remove_file(path).unwrap());
+    for (path, bytes) in &old {
+        fs::write(path, bytes).unwrap();
+    }
+    world.refused(5, &["verify"]);
+    world.refused(5, &["repair", "p/l", "--shard", "0", "--yes"]);
+    let refused = world.run(&["repair", "--yes", "--json"]);
+    refused.assert(5);
+    let report: serde_json::Value = serde_json::from_slice(&refused.stdout).unwrap();
+    assert_eq!(report["failed"][0]["code"], json!("rolled_back"));
+    let repaired =
+        world.json(&["repair", "p/l", "--shard", "0", "--yes", "--accept-tampered", "--json"]);
+    assert_eq!(repaired["metadata"], json!({"lost_generation": 2, "adopted_generation": 1}));
+    let verified = String::from_utf8(world.ok(&["verify"])).unwrap();
+    assert!(verified.contains("other metadata of Logstore p/l"), "{verified}");
+    world.refused(5, &["verify", "--against", "before"]);
+}
+
+/// The directory of a shard is lost, with the segments in it.
+#[test]
+fn the_loss_of_a_whole_shard_is_accepted() {
+    let world = filled();
+    fs::remove_dir_all(segment(&world, 1).parent().unwrap()).unwrap();
+    world.refused(5, &["verify"]);
+    world.ok(&["repair", "p/l", "--shard", "0", "--yes"]);
+    world.ok(&["repair", "p/l", "--shard", "0", "--yes"]);
+    world.ok(&["append", "p/l", &world.file("more", "more\n")]);
+    assert_eq!(world.read("p/l"), b"more\n");
+    world.ok(&["verify"]);
 }
 
 /// The segments were copied, then the store went on, and then the rest was copied.

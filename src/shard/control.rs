@@ -264,6 +264,7 @@ impl Shard {
                 groups_salvaged: 0,
                 bytes_lost: 0,
                 losses: Vec::new(),
+                metadata: None,
             });
         };
         writer.set_next(next);

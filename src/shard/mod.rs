@@ -94,7 +94,7 @@ pub use payload::{Appended, Durability, Payload};
 pub(crate) use reader::ReaderPermits;
 pub use reader::{LostRange, Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
 pub(crate) use record::{Head, Loss, RecordHead, ReloadRecord, ShardRecord};
-pub use recovery::{AcceptedLoss, RecoveryNotice, RepairOptions, RepairReport};
+pub use recovery::{AcceptedLoss, AdoptedMetadata, RecoveryNotice, RepairOptions, RepairReport};
 pub(crate) use salvage::FoundLoss;
 pub(crate) use segment_reader::{Load, SegmentReader};
 pub(crate) use segments::{End, Opened, Proof, SegmentList, is_segment_temporary, read_header};

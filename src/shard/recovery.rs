@@ -55,6 +55,20 @@ pub struct RepairReport {
     pub bytes_lost: u64,
     /// The losses that this repair has accepted.
     pub losses: Vec<AcceptedLoss>,
+    /// The metadata that this repair has put in force, because the metadata that the catalogue names
+    /// is lost.
+    pub metadata: Option<AdoptedMetadata>,
+}
+
+/// Metadata of a Logstore that a repair has put in force in the place of lost metadata. It has the
+/// configuration and the data keys of the time at which it was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct AdoptedMetadata {
+    /// The generation of the metadata that is lost.
+    pub lost_generation: u64,
+    /// The generation of the metadata that was found.
+    pub adopted_generation: u64,
 }
 
 /// Consecutive segments whose loss an operator has accepted.
@@ -214,6 +228,7 @@ impl Recovery<'_> {
     /// everything that can be read. The caller holds the writer's lock. Returns where the next
     /// segment begins and the report; `None` if the shard needs no repair.
     pub(super) fn repair(&self) -> Result<Option<(Next, RepairReport)>> {
+        self.list.ensure_directory()?;
         let segments = self.list.segments(true)?;
         let Some(last) = segments.last().filter(|last| last.active.is_none()) else {
             return Ok(None);
@@ -227,6 +242,7 @@ impl Recovery<'_> {
                 groups_salvaged: 0,
                 bytes_lost: 0,
                 losses: Vec::new(),
+                metadata: None,
             };
             return Ok(Some((self.behind_recorded(self.behind_loss(&loss)), report)));
         }
@@ -251,6 +267,7 @@ impl Recovery<'_> {
             groups_salvaged: groups,
             bytes_lost: scanned.bytes_lost() + given_up,
             losses: Vec::new(),
+            metadata: None,
         };
         Ok(Some((self.behind_recorded(next), report)))
     }

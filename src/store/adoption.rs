@@ -16,31 +16,42 @@ use crate::{
     config::LogstoreName,
     keys::AuditEvent,
     logstore::{LogstoreShared, Meta, MetaName},
+    shard::{AdoptedMetadata, RepairOptions},
 };
 
 /// Finds or opens a Logstore. If the metadata that the catalogue names is lost, puts the newest
-/// authentic metadata of the Logstore in force that is there, under a new generation.
+/// authentic metadata of the Logstore in force that is there, under a new generation, and returns
+/// which. Metadata that is not newer than the lost one takes the Logstore back, so `options` have to
+/// allow that.
 ///
 /// # Errors
 /// As [`super::registry::Registry::logstore`], also if there is no such metadata.
 pub(super) fn open_with_any_metadata(
     core: &Core,
     name: &LogstoreName,
-) -> Result<Arc<LogstoreShared>> {
+    options: &RepairOptions,
+) -> Result<(Arc<LogstoreShared>, Option<AdoptedMetadata>)> {
     match core.registry.logstore(name) {
         Err(error @ (Error::RolledBack { .. } | Error::Truncated { .. })) => {
-            adopt(core, name, &error)?;
-            core.registry.logstore(name)
+            let adopted = adopt(core, name, options, &error)?;
+            Ok((core.registry.logstore(name)?, Some(adopted)))
         }
-        opened => opened,
+        opened => opened.map(|logstore| (logstore, None)),
     }
 }
 
-fn adopt(core: &Core, name: &LogstoreName, lost: &Error) -> Result<()> {
+fn adopt(
+    core: &Core,
+    name: &LogstoreName,
+    options: &RepairOptions,
+    lost: &Error,
+) -> Result<AdoptedMetadata> {
     let Core { env, keys, registry } = core;
     let mut admin = registry.administer()?;
     let entry = registry.entry(name)?;
-    let Some(found) = newest_metadata(core, name, &entry)? else { return Err(lost.clone()) };
+    let found = newest_metadata(core, name, &entry)?
+        .filter(|found| found.generation > entry.generation || options.accept_tampered);
+    let Some(found) = found else { return Err(lost.clone()) };
     let dir = env.logstore_dir(entry.id);
     let mut meta = found;
     let generation = meta.generation;
@@ -51,7 +62,7 @@ fn adopt(core: &Core, name: &LogstoreName, lost: &Error) -> Result<()> {
         "metadata of generation {}, by user {user}: that of generation {generation} is in force: {lost}",
         entry.generation
     );
-    keys.audit().record(AuditEvent::LossAccepted, Some((name, entry.id)), detail)?;
+    keys.audit().record(AuditEvent::MetadataAdopted, Some((name, entry.id)), detail)?;
     admin.commit(vec![Change::Replaced {
         name: name.clone(),
         id: entry.id,
@@ -59,7 +70,7 @@ fn adopt(core: &Core, name: &LogstoreName, lost: &Error) -> Result<()> {
         tag: meta.tag,
     }])?;
     warn!(logstore = %name, generation, cause = %lost, "loss of metadata accepted");
-    Ok(())
+    Ok(AdoptedMetadata { lost_generation: entry.generation, adopted_generation: generation })
 }
 
 /// The newest authentic metadata in the directory of a Logstore.

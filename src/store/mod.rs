@@ -64,7 +64,7 @@ pub use key_usage::{
 pub use keyring_loss::{RecoverProgress, RecoverReport, Recoverable};
 pub use options::{Background, StoreOptions};
 pub use removal::DeleteReport;
-pub use repair::{FailedRepair, ShardRepair, StoreRepairReport};
+pub use repair::{FailedRepair, MetadataRepair, ShardRepair, StoreRepairReport};
 pub use reserve::ReserveStatus;
 pub use restore::{RestoreOptions, RestoreReport};
 pub use retention::{RetainOptions, RetentionReport, RetentionStatus};

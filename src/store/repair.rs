@@ -15,13 +15,16 @@ use crate::{
     config::LogstoreName,
     keys::AuditEvent,
     logstore::LogstoreShared,
-    shard::{AcceptedLoss, FoundLoss, RepairOptions, RepairReport, Shard},
+    shard::{AcceptedLoss, AdoptedMetadata, FoundLoss, RepairOptions, RepairReport, Shard},
 };
 
 /// The result of [`Admin::repair_all`](crate::Admin::repair_all).
 #[derive(Clone, Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct StoreRepairReport {
+    /// The Logstores for which other metadata was put in force, because the metadata that the
+    /// catalogue names is lost.
+    pub metadata: Vec<MetadataRepair>,
     /// The fault of the key audit log, if it was accepted: the files of the log were renamed, and
     /// a new log begins.
     pub audit: Option<VerifyFault>,
@@ -32,6 +35,17 @@ pub struct StoreRepairReport {
     pub shards: Vec<ShardRepair>,
     /// The Logstores that could not be repaired, each with the error.
     pub failed: Vec<FailedRepair>,
+}
+
+/// Metadata that a repair has put in force, in a [`StoreRepairReport`].
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct MetadataRepair {
+    /// The Logstore.
+    pub logstore: LogstoreName,
+    /// Which metadata.
+    #[serde(flatten)]
+    pub adopted: AdoptedMetadata,
 }
 
 /// The repair of one shard, in a [`StoreRepairReport`].
@@ -83,8 +97,10 @@ fn repair_logstore(
     options: &RepairOptions,
     report: &mut StoreRepairReport,
 ) -> Result<()> {
-    let shards = open_with_any_metadata(core, name)?.shards.len();
-    for shard in 0..shards as u32 {
+    let (logstore, adopted) = open_with_any_metadata(core, name, options)?;
+    let repaired = |adopted| MetadataRepair { logstore: name.clone(), adopted };
+    report.metadata.extend(adopted.map(repaired));
+    for shard in 0..logstore.shards.len() as u32 {
         let repaired = repair_shard(core, name, shard, options)?;
         if repaired.segment.is_some() || !repaired.losses.is_empty() {
             report.shards.push(ShardRepair { logstore: name.clone(), report: repaired });
@@ -175,7 +191,7 @@ pub(super) fn repair_shard(
 ) -> Result<RepairReport> {
     core.registry.check_writable()?;
     let _borrowed = core.env.reserve.borrow();
-    let logstore = open_with_any_metadata(core, name)?;
+    let (logstore, metadata) = open_with_any_metadata(core, name, options)?;
     let missing = || Error::ShardMissing { logstore: name.clone(), shard };
     let shard = logstore.shards.get(shard as usize).ok_or_else(missing)?;
     let mut losses = Vec::new();
@@ -191,7 +207,7 @@ pub(super) fn repair_shard(
         }
     }
     let report = shard.repair()?;
-    Ok(RepairReport { losses, ..report })
+    Ok(RepairReport { losses, metadata, ..report })
 }
 
 fn accept_loss(

@@ -189,6 +189,7 @@ impl Reserve {
     }
 
     fn make(&self, state: &mut State) -> io::Result<()> {
+        self.remove_shared_names()?;
         let spares = self.look(state)?;
         let (path, wanted) = (self.dir.join(BLOCKS), state.wanted());
         if state.bytes < wanted {
@@ -210,6 +211,19 @@ impl Reserve {
             *is_there = true;
         }
         self.disk.sync_dir(&self.dir)
+    }
+
+    /// Removes the names of files that have other names too, such as in a snapshot by hard links:
+    /// giving them up would free nothing.
+    fn remove_shared_names(&self) -> io::Result<()> {
+        for name in SPARES.iter().chain([&BLOCKS]) {
+            let path = self.dir.join(name);
+            let stat = self.disk.stat(&path)?;
+            if stat.is_some_and(|stat| stat.kind == FileKind::File && stat.links > 1) {
+                self.disk.remove_file(&path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Refuses to take space that other files may need soon: an allocation that fails would take

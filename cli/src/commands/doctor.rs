@@ -344,12 +344,22 @@ fn directories(setup: &Setup) -> Vec<Finding> {
         let Ok(metadata) = root.metadata() else { continue };
         if root == setup.store {
             findings.push(permissions(setup, &root, metadata.mode()));
+            findings.extend(["LOCK", "EPOCH"].into_iter().filter_map(|name| no_file(&root, name)));
         }
         if devices.insert(metadata.dev()) {
             findings.push(space(setup, &root));
         }
     }
     findings
+}
+
+/// The finding about a file that a writer needs, if another object has its name.
+fn no_file(store: &Path, name: &str) -> Option<Finding> {
+    let path = store.join(name);
+    let metadata = path.symlink_metadata().ok().filter(|metadata| !metadata.is_file())?;
+    let what = if metadata.is_dir() { "a directory" } else { "not a regular file" };
+    let found = format!("{} is {what}: nothing can be written", path.display());
+    Some(Finding::acts("store", found, "move it away; the next command that writes makes the file"))
 }
 
 fn permissions(setup: &Setup, dir: &Path, mode: u32) -> Finding {

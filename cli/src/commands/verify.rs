@@ -5,8 +5,8 @@ use std::path::Path;
 use envelog::{
     LogstoreName,
     admin::{
-        AcceptedLoss, Checkpoint, RepairOptions, RepairReport, StoreRepairReport, VerifyOptions,
-        VerifyReport,
+        AcceptedLoss, AdoptedMetadata, Checkpoint, MetadataRepair, RepairOptions, RepairReport,
+        StoreRepairReport, VerifyOptions, VerifyReport,
     },
 };
 use serde::Serialize;
@@ -150,7 +150,7 @@ fn repair_shard(
     if setup.json {
         return output::json(&report);
     }
-    if report.segment.is_none() && report.losses.is_empty() {
+    if report.segment.is_none() && report.losses.is_empty() && report.metadata.is_none() {
         return output::line(format_args!("shard {shard} of {name} is sound: nothing was changed"));
     }
     print_repair(name, &report)
@@ -176,6 +176,9 @@ fn print_repairs(report: &StoreRepairReport) -> Result {
     for probe in &report.probes {
         output::line(format_args!("removed the damaged probe {}", probe.display()))?;
     }
+    for MetadataRepair { logstore, adopted, .. } in &report.metadata {
+        print_adopted(logstore, adopted)?;
+    }
     for repair in &report.shards {
         print_repair(&repair.logstore, &repair.report)?;
     }
@@ -184,6 +187,7 @@ fn print_repairs(report: &StoreRepairReport) -> Result {
     }
     if report.audit.is_none()
         && report.probes.is_empty()
+        && report.metadata.is_empty()
         && report.shards.is_empty()
         && report.failed.is_empty()
     {
@@ -192,8 +196,19 @@ fn print_repairs(report: &StoreRepairReport) -> Result {
     Ok(())
 }
 
+fn print_adopted(name: &LogstoreName, adopted: &AdoptedMetadata) -> Result {
+    let AdoptedMetadata { lost_generation, adopted_generation, .. } = adopted;
+    output::line(format_args!(
+        "metadata of generation {lost_generation} of {name} is lost; that of generation {adopted_generation} is in force now: \
+         look at its configuration and keys"
+    ))
+}
+
 fn print_repair(name: &LogstoreName, report: &RepairReport) -> Result {
     let shard = report.shard;
+    if let Some(adopted) = &report.metadata {
+        print_adopted(name, adopted)?;
+    }
     for loss in &report.losses {
         let AcceptedLoss { first_ordinal, last_ordinal, from_seq, end_seq, .. } = loss;
         output::line(format_args!(

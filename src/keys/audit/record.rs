@@ -66,6 +66,9 @@ pub enum AuditEvent {
     /// sequence numbers, the user of the process, and the damage. Without a Logstore, the loss is
     /// that of the key audit log before this record.
     LossAccepted,
+    /// An operator has put other metadata of a Logstore in force, because the metadata that the
+    /// catalogue names is lost. The detail names both generations, and the user of the process.
+    MetadataAdopted,
     /// An operator has given up a Logstore whose metadata is lost. The detail names the damage, and
     /// the user of the process. The deletion follows.
     GivenUp,

@@ -176,8 +176,8 @@ impl Journal {
         for entry in disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
             let other = self.dir.join(&entry.name);
             let is_old = file::is_catalogue_file(&entry.name) && other != path && other != beside;
-            // A directory is no catalogue file, whatever its name.
-            if is_old && entry.kind != FileKind::Directory {
+            // An object of another type is no catalogue file, and stays.
+            if is_old && matches!(entry.kind, FileKind::File | FileKind::Unknown) {
                 disk.remove_file(&other).map_err(Error::io("remove", &other))?;
             }
         }

@@ -64,7 +64,7 @@ impl Verification<'_> {
         for (dir, may_have_segments) in self.core.registry.unlisted()? {
             if may_have_segments {
                 let what = format!(
-                    "the catalogue does not know {}, which has segments in it",
+                    "the catalogue does not know {}, which has segments in it; if it is of another store, move it away",
                     dir.display()
                 );
                 self.report.note(None, Error::RolledBack { what })?;
@@ -143,6 +143,18 @@ impl Verification<'_> {
                 self.report.note(Some(name), Error::RolledBack { what })?;
             }
         }
+        for record in &records {
+            let (number, detail) = (record.number, &record.detail);
+            match (record.event, &record.logstore) {
+                (AuditEvent::LossAccepted, None) => self.report.notes.push(format!(
+                    "an operator has accepted the loss of the key audit log before record {number}: {detail}"
+                )),
+                (AuditEvent::MetadataAdopted, Some(name)) => self.report.notes.push(format!(
+                    "an operator has put other metadata of Logstore {name} in force: {detail}"
+                )),
+                _ => {}
+            }
+        }
         match audit.strangers() {
             Ok(notes) => self.report.notes.extend(notes),
             Err(error) => self.report.note(None, error)?,
@@ -180,6 +192,10 @@ impl Verification<'_> {
                         what,
                     },
                 )?;
+            } else if has(AuditEvent::MetadataAdopted) && same {
+                let what =
+                    format!("metadata of Logstore {name} was lost, and other was put in force");
+                self.report.note(Some(name), Error::RolledBack { what })?;
             } else if deleted {
                 self.report.notes.push(format!("Logstore {name} was deleted since the checkpoint"));
             } else if !same {
