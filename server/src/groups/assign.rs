@@ -138,6 +138,7 @@ mod tests {
     use super::*;
 
     const TIMEOUT: Duration = Duration::from_secs(10);
+    const NONE: [u32; 0] = [];
 
     fn beat(
         assignment: &mut Assignment,
@@ -154,11 +155,11 @@ mod tests {
     fn a_shard_is_moved_after_its_owner_has_given_it_up() {
         let mut it = Assignment::default();
         assert_eq!(beat(&mut it, 0, "a", &[], 2).unwrap(), [0, 1]);
-        assert_eq!(beat(&mut it, 1, "b", &[], 2).unwrap(), []);
+        assert_eq!(beat(&mut it, 1, "b", &[], 2).unwrap(), NONE);
         assert_eq!(beat(&mut it, 2, "a", &[0, 1], 2).unwrap(), [0]);
         // Shard 1 is still being given up.
         assert_eq!(beat(&mut it, 3, "a", &[0, 1], 2).unwrap(), [0]);
-        assert_eq!(beat(&mut it, 3, "b", &[], 2).unwrap(), []);
+        assert_eq!(beat(&mut it, 3, "b", &[], 2).unwrap(), NONE);
         assert_eq!(it.owner(1), Some("a"));
         assert_eq!(beat(&mut it, 4, "a", &[0], 2).unwrap(), [0]);
         assert_eq!(beat(&mut it, 5, "b", &[], 2).unwrap(), [1]);
@@ -171,18 +172,18 @@ mod tests {
         let mut it = Assignment::default();
         beat(&mut it, 0, "a", &[], 2).unwrap();
         beat(&mut it, 9, "b", &[], 2).unwrap();
-        assert_eq!(beat(&mut it, 10, "b", &[], 2).unwrap(), []);
+        assert_eq!(beat(&mut it, 10, "b", &[], 2).unwrap(), NONE);
         assert_eq!(beat(&mut it, 11, "b", &[], 2).unwrap(), [0, 1]);
         assert_eq!(beat(&mut it, 12, "a", &[0, 1], 2), Err(Unknown));
-        assert_eq!(beat(&mut it, 12, "a", &[], 2).unwrap(), []);
+        assert_eq!(beat(&mut it, 12, "a", &[], 2).unwrap(), NONE);
     }
 
     #[test]
     fn after_a_start_a_shard_goes_to_a_consumer_that_reports_it() {
         let mut it = Assignment::recovering_until(TIMEOUT);
-        assert_eq!(beat(&mut it, 1, "new", &[], 3).unwrap(), []);
+        assert_eq!(beat(&mut it, 1, "new", &[], 3).unwrap(), NONE);
         assert_eq!(beat(&mut it, 2, "a", &[0, 1], 3).unwrap(), [0, 1]);
-        assert_eq!(beat(&mut it, 9, "new", &[], 3).unwrap(), []);
+        assert_eq!(beat(&mut it, 9, "new", &[], 3).unwrap(), NONE);
         assert_eq!(beat(&mut it, 9, "a", &[0, 1], 3).unwrap(), [0, 1]);
         assert_eq!(beat(&mut it, 10, "new", &[], 3).unwrap(), [2]);
         assert_eq!(beat(&mut it, 11, "late", &[2], 3), Err(Unknown));
