@@ -134,7 +134,7 @@ proptest! {
         let ask = Ask::put("one", group("the only text"));
         let mut request = ask.signed();
         let at = at % request.len();
-        request[at] ^= 1 << bit;
+        request[at] ^= 1_u8 << bit;
         let answer = exchange_raw(WORLD.address, &request);
         prop_assert!(!answer.starts_with(b"HTTP/1.1 5"), "{}", String::from_utf8_lossy(&answer));
     }

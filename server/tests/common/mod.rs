@@ -69,7 +69,9 @@ impl World {
     pub(crate) fn with(settings: impl FnOnce(ServerBuilder) -> ServerBuilder + Send + 'static) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let kms = Arc::new(LocalKms::create_or_open(dir.path().join("kms")).unwrap());
-        let options = StoreOptions::default().revalidate_every(Duration::from_millis(200));
+        let options = StoreOptions::default()
+            .revalidate_every(Duration::from_millis(200))
+            .outage_grace(Duration::from_secs(1));
         let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
             .options(options)
             .kms(Arc::clone(&kms) as _)
