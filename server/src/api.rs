@@ -114,7 +114,9 @@ impl Plan {
             Action::GetProject | Action::UpdateProject | Action::DeleteProject => {
                 self.run_project(service, body).await
             }
-            Action::CreateLogstore => logstores::create(service, caller, &self.project, &body).await,
+            Action::CreateLogstore => {
+                logstores::create(service, caller, &self.project, &body).await
+            }
             Action::ListLogstores => {
                 let (service, project) = (Arc::clone(service), self.project);
                 service::run(move || logstores::list(&service, &project, &call)).await
@@ -173,7 +175,8 @@ impl Plan {
             }
             Action::Groups(_, group) => {
                 let group = group.as_deref().map(str::to_owned);
-                open.run(move |it| groups::route(&service, it, &call, group.as_deref(), &body)).await
+                open.run(move |it| groups::route(&service, it, &call, group.as_deref(), &body))
+                    .await
             }
             action => {
                 let memory = service.memory.take(query::MEMORY).await?;
@@ -251,7 +254,9 @@ fn below_logstore(
     Ok(match (method, rest) {
         ("GET", ["shards"]) => (Action::ListShards(name), Right::Look),
         ("POST", ["shards", "lb"]) => (Action::Put(name, Head::parse(call, false)?), Right::Write),
-        ("POST", ["shards", "route"]) => (Action::Put(name, Head::parse(call, true)?), Right::Write),
+        ("POST", ["shards", "route"]) => {
+            (Action::Put(name, Head::parse(call, true)?), Right::Write)
+        }
         ("GET", ["shards", shard]) => match kind {
             "cursor" => (Action::Cursor(name, (*shard).to_owned()), Right::Read),
             "cursor_time" => (Action::CursorTime(name, (*shard).to_owned()), Right::Read),

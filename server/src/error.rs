@@ -30,11 +30,7 @@ pub(crate) struct ApiError {
 }
 
 impl ApiError {
-    pub(crate) fn new(
-        status: StatusCode,
-        code: &'static str,
-        message: impl Into<String>,
-    ) -> Self {
+    pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
         Self { status, code, message: message.into(), retry_after_s: None }
     }
 
@@ -143,11 +139,13 @@ impl From<&ConfigError> for ApiError {
         match error {
             ConfigError::EncryptTypeRequired | ConfigError::EncryptTypeUnsupported(_) => Self::bad(
                 "LogStoreInfoInvalid",
-                format!("The encrypt_conf is invalid, [encrypt_type] key is missing or not supported: {message}"),
+                format!(
+                    "The encrypt_conf is invalid, [encrypt_type] key is missing or not supported: {message}"
+                ),
             ),
-            ConfigError::Json(_) | ConfigError::CmkField { .. } | ConfigError::OutOfRange { .. } => {
-                Self::bad("LogStoreInfoInvalid", message)
-            }
+            ConfigError::Json(_)
+            | ConfigError::CmkField { .. }
+            | ConfigError::OutOfRange { .. } => Self::bad("LogStoreInfoInvalid", message),
             ConfigError::CmkRefused { .. } => {
                 Self::new(StatusCode::FORBIDDEN, "KmsKeyRevoked", message)
             }

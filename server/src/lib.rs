@@ -11,8 +11,8 @@
 //! # async fn serve() -> Result<(), Box<dyn std::error::Error>> {
 //! let store = Store::builder("data", "data.keyring", AwsLc::new()).open_or_create()?;
 //! let address = "127.0.0.1:8099".parse()?;
-//! let server = Server::builder(store.clone()).access_keys("keys.json").bind(address).await?;
-//! server.run(async { drop(tokio::signal::ctrl_c().await) }).await;
+//! let server = Server::builder().access_keys("keys.json").bind(address)?;
+//! server.run(store.clone(), async { drop(tokio::signal::ctrl_c().await) }).await?;
 //! store.close()?;
 //! # Ok(())
 //! # }

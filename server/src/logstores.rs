@@ -111,7 +111,10 @@ pub(crate) fn text(fields: &Map<String, Value>, name: &str) -> Result<Option<Str
 }
 
 fn number(fields: &Map<String, Value>, name: &str) -> Result<Option<u64>> {
-    fields.get(name).map(|value| value.as_u64().ok_or_else(|| invalid(name, "a number"))).transpose()
+    fields
+        .get(name)
+        .map(|value| value.as_u64().ok_or_else(|| invalid(name, "a number")))
+        .transpose()
 }
 
 fn invalid(name: &str, expected: &str) -> ApiError {
@@ -141,7 +144,9 @@ fn check_fields(fields: &Map<String, Value>) -> Result<()> {
 fn encrypt_conf(value: &Value) -> Result<EncryptConf> {
     let kind = value.get("encrypt_type").and_then(Value::as_str);
     let enable = value.get("enable").and_then(Value::as_bool);
-    if kind.is_some_and(|kind| !matches!(kind, "default" | "sm4")) || (enable == Some(true) && kind.is_none()) {
+    if kind.is_some_and(|kind| !matches!(kind, "default" | "sm4"))
+        || (enable == Some(true) && kind.is_none())
+    {
         let message = "The encrypt_conf is invalid, [encrypt_type] key is missing or not supported";
         return Err(ApiError::bad("LogStoreInfoInvalid", message));
     }
@@ -198,7 +203,8 @@ pub(crate) async fn create(
         service.projects.keep_fields(&name, &id, sent.fields).inspect_err(|_| {
             // The project was deleted at the same time, or the disk is full: nothing was created.
             let deleted = service.store.delete_logstore(&name);
-            let failed = |error| tracing::error!(%error, logstore = %name, "cannot be deleted again");
+            let failed =
+                |error| tracing::error!(%error, logstore = %name, "cannot be deleted again");
             let _ = deleted.map_err(failed);
         })
     })
@@ -373,11 +379,27 @@ mod tests {
             (r#"{"ttl": "1"}"#, "LogStoreInfoInvalid", "ttl"),
             (r#"{"ttl": 3651}"#, "LogStoreInfoInvalid", "3650"),
             (r#"{"autoSplit": 1}"#, "LogStoreInfoInvalid", "autoSplit"),
-            (r#"{"maxSplitShard": 257}"#, "LogStoreInfoInvalid", "maxSplitShard must be within range [1, 256]"),
-            (r#"{"encrypt_conf": {"enable": true}}"#, "LogStoreInfoInvalid", "[encrypt_type] key is missing or not supported"),
-            (r#"{"encrypt_conf": {"enable": true, "encrypt_type": "rot13"}}"#, "LogStoreInfoInvalid", "not supported"),
+            (
+                r#"{"maxSplitShard": 257}"#,
+                "LogStoreInfoInvalid",
+                "maxSplitShard must be within range [1, 256]",
+            ),
+            (
+                r#"{"encrypt_conf": {"enable": true}}"#,
+                "LogStoreInfoInvalid",
+                "[encrypt_type] key is missing or not supported",
+            ),
+            (
+                r#"{"encrypt_conf": {"enable": true, "encrypt_type": "rot13"}}"#,
+                "LogStoreInfoInvalid",
+                "not supported",
+            ),
             (r#"{"encrypt_conf": {"enable": false, "x": 1}}"#, "LogStoreInfoInvalid", "`x`"),
-            (r#"{"encrypt_conf": {"enable": true, "encrypt_type": "sm4", "user_cmk_info": {}}}"#, "LogStoreInfoInvalid", "cmk_key_id"),
+            (
+                r#"{"encrypt_conf": {"enable": true, "encrypt_type": "sm4", "user_cmk_info": {}}}"#,
+                "LogStoreInfoInvalid",
+                "cmk_key_id",
+            ),
         ] {
             let refusal = refused(body);
             assert!(refusal.code == code && refusal.message.contains(word), "{body}: {refusal:?}");
@@ -399,8 +421,18 @@ mod tests {
         .unwrap();
         let fields = json!({ "autoSplit": true, "own": "x" }).as_object().unwrap().clone();
         let json = json_of(&config, fields);
-        assert_eq!((&json["ttl"], &json["autoSplit"], &json["own"]), (&json!(3650), &json!(true), &json!("x")));
-        for field in ["enable_tracking", "maxSplitShard", "appendMeta", "telemetryType", "mode", "createTime"] {
+        assert_eq!(
+            (&json["ttl"], &json["autoSplit"], &json["own"]),
+            (&json!(3650), &json!(true), &json!("x"))
+        );
+        for field in [
+            "enable_tracking",
+            "maxSplitShard",
+            "appendMeta",
+            "telemetryType",
+            "mode",
+            "createTime",
+        ] {
             assert!(!json[field].is_null(), "{field}");
         }
         assert!(json.get("encrypt_conf").is_none());

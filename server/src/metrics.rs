@@ -56,10 +56,8 @@ pub(crate) fn text(service: &Service) -> String {
     let mut add = |name: &str, kind: &str, help: &str, value: u64| {
         let sample = if kind == "counter" { "_total" } else { "" };
         // Writing to a string does not fail.
-        let _ = write!(
-            text,
-            "# HELP {name} {help}\n# TYPE {name} {kind}\n{name}{sample} {value}\n"
-        );
+        let _ =
+            write!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name}{sample} {value}\n");
     };
     add("envelog_serve_requests", "counter", "Calls answered.", read(&counters.answered));
     add(
@@ -68,7 +66,12 @@ pub(crate) fn text(service: &Service) -> String {
         "Calls refused with a status of 4xx.",
         read(&counters.refused),
     );
-    add("envelog_serve_failed", "counter", "Calls failed with a status of 5xx.", read(&counters.failed));
+    add(
+        "envelog_serve_failed",
+        "counter",
+        "Calls failed with a status of 5xx.",
+        read(&counters.failed),
+    );
     add("envelog_serve_connections", "gauge", "Open connections.", read(&counters.connections));
     add(
         "envelog_serve_body_bytes",

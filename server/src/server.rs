@@ -3,7 +3,7 @@
 use std::{
     future::Future,
     io,
-    net::SocketAddr,
+    net::{self, SocketAddr},
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
@@ -90,7 +90,6 @@ impl From<OpenError> for ServeError {
 /// The settings of a [`Server`]; from [`Server::builder`].
 #[derive(Debug)]
 pub struct ServerBuilder {
-    store: Store,
     state_dir: Option<PathBuf>,
     access_keys: Option<PathBuf>,
     tls: Option<(PathBuf, PathBuf)>,
@@ -171,49 +170,24 @@ impl ServerBuilder {
         self
     }
 
-    /// Listens on `address`. From now on clients can connect; they are served by [`Server::run`].
-    /// Reads files before it does, and so blocks for file I/O.
+    /// Listens on `address`, after all checks that need no store. Clients can connect from now on;
+    /// [`Server::run`] serves them. Blocks for file I/O.
     ///
     /// # Errors
     /// As [`ServeError`] says. [`ServeError::Open`] if the settings would leave the service open to
     /// others than this machine.
-    pub async fn bind(self, address: SocketAddr) -> Result<Server, ServeError> {
+    pub fn bind(self, address: SocketAddr) -> Result<Server, ServeError> {
         self.check(address)?;
         let keys = self.access_keys.as_deref().map(AccessKeys::load).transpose()?;
         let tls = match &self.tls {
-            Some((certificate, key)) => Some(Tls::load(certificate, key)?),
+            Some((certificate, key)) => Some(Arc::new(Tls::load(certificate, key)?)),
             None => None,
         };
-        let state = StateDir::open(self.state_path())?;
-        let projects = Projects::open(state.within("projects")?, &self.store)?;
-        let mut ids = Vec::new();
-        for name in self.store.list()? {
-            ids.push(self.store.logstore(&name)?.id().to_string());
-        }
-        let groups = Groups::open(state.within("groups")?, &ids)?;
-        let (stop, stopping) = watch::channel(false);
-        let service = Arc::new(Service::new(Parts {
-            store: self.store,
-            base_host: self.base_host.to_ascii_lowercase(),
-            region: self.region,
-            keys,
-            projects,
-            groups,
-            memory_max: self.memory_max,
-            stopping,
-        }));
         let failed = |source| ServeError::Listen { address, source };
-        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let listener = net::TcpListener::bind(address).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        Ok(Server {
-            service,
-            listener,
-            address,
-            tls: tls.map(Arc::new),
-            stop,
-            connections_max: self.connections_max,
-            drain: self.drain,
-        })
+        Ok(Server { settings: self, keys, tls, listener, address })
     }
 
     fn check(&self, address: SocketAddr) -> Result<(), ServeError> {
@@ -238,33 +212,30 @@ impl ServerBuilder {
         Ok(())
     }
 
-    fn state_path(&self) -> PathBuf {
+    fn state_path(&self, store: &Store) -> PathBuf {
         let beside = |store: &Path| {
             let mut path = store.as_os_str().to_owned();
             path.push(".service");
             PathBuf::from(path)
         };
-        self.state_dir.clone().unwrap_or_else(|| beside(self.store.path()))
+        self.state_dir.clone().unwrap_or_else(|| beside(store.path()))
     }
 }
 
-/// A log service on a store. It listens from [`ServerBuilder::bind`] on.
+/// A log service that listens; from [`ServerBuilder::bind`].
 #[derive(Debug)]
 pub struct Server {
-    service: Arc<Service>,
-    listener: TcpListener,
-    address: SocketAddr,
+    settings: ServerBuilder,
+    keys: Option<AccessKeys>,
     tls: Option<Arc<Tls>>,
-    stop: watch::Sender<bool>,
-    connections_max: usize,
-    drain: Duration,
+    listener: net::TcpListener,
+    address: SocketAddr,
 }
 
 impl Server {
-    /// A server on this store, which must be open for writing.
-    pub fn builder(store: Store) -> ServerBuilder {
+    /// The default settings.
+    pub fn builder() -> ServerBuilder {
         ServerBuilder {
-            store,
             state_dir: None,
             access_keys: None,
             tls: None,
@@ -284,18 +255,26 @@ impl Server {
 
     /// Whether it checks who calls.
     pub fn has_access_keys(&self) -> bool {
-        self.service.keys.is_some()
+        self.keys.is_some()
     }
 
-    /// Serves until `stop` is ready. Then it accepts no more connections, lets the calls that are
-    /// under way end, and returns. Every call that was answered with success is on disk then. The
-    /// caller closes the store.
-    pub async fn run(self, stop: impl Future<Output = ()>) {
-        let Self { service, listener, tls, stop: stopping, connections_max, drain, .. } = self;
+    /// Serves a store, which must be open for writing, until `stop` is ready. Then it accepts no
+    /// more connections, lets the calls that are under way end, and returns. Every call that was
+    /// answered with success is on disk then. The caller closes the store. Blocks for file I/O
+    /// before it serves the first call.
+    ///
+    /// # Errors
+    /// [`ServeError::State`] or [`ServeError::Engine`] if the state of the service cannot be read.
+    pub async fn run(self, store: Store, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
+        let Self { settings, keys, tls, listener, address } = self;
+        let (stopping, is_stopping) = watch::channel(false);
+        let service = Arc::new(open(&settings, keys, store, is_stopping)?);
+        let failed = |source| ServeError::Listen { address, source };
+        let listener = TcpListener::from_std(listener).map_err(failed)?;
         let refreshing = tokio::spawn(refresh(Arc::clone(&service), tls.clone()));
-        let permits = Arc::new(Semaphore::new(connections_max));
         let graceful = GracefulShutdown::new();
         let mut stop = pin!(stop);
+        let permits = Arc::new(Semaphore::new(settings.connections_max));
         loop {
             let (accepted, permit) = tokio::select! {
                 () = &mut stop => break,
@@ -313,10 +292,37 @@ impl Server {
         // Calls that wait for logs end now.
         let _ = stopping.send(true);
         refreshing.abort();
-        if timeout(drain, graceful.shutdown()).await.is_err() {
+        if timeout(settings.drain, graceful.shutdown()).await.is_err() {
             tracing::warn!("calls were still under way when the service stopped");
         }
+        Ok(())
     }
+}
+
+/// Reads the state of the service on a store.
+fn open(
+    settings: &ServerBuilder,
+    keys: Option<AccessKeys>,
+    store: Store,
+    stopping: watch::Receiver<bool>,
+) -> Result<Service, ServeError> {
+    let state = StateDir::open(settings.state_path(&store))?;
+    let projects = Projects::open(state.within("projects")?, &store)?;
+    let mut ids = Vec::new();
+    for name in store.list()? {
+        ids.push(store.logstore(&name)?.id().to_string());
+    }
+    let groups = Groups::open(state.within("groups")?, &ids)?;
+    Ok(Service::new(Parts {
+        store,
+        base_host: settings.base_host.to_ascii_lowercase(),
+        region: settings.region.clone(),
+        keys,
+        projects,
+        groups,
+        memory_max: settings.memory_max,
+        stopping,
+    }))
 }
 
 type Accepted = (Option<(TcpStream, SocketAddr)>, Option<tokio::sync::OwnedSemaphorePermit>);

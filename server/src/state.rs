@@ -136,9 +136,10 @@ impl StateDir {
 
     /// The names of the documents.
     pub(crate) fn names(&self) -> Result<Vec<String>> {
-        let names = self.entries()?.into_iter().filter_map(|name| {
-            name.strip_suffix(EXTENSION)?.strip_suffix('.').map(str::to_owned)
-        });
+        let names = self
+            .entries()?
+            .into_iter()
+            .filter_map(|name| name.strip_suffix(EXTENSION)?.strip_suffix('.').map(str::to_owned));
         Ok(names.collect())
     }
 

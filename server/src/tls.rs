@@ -92,8 +92,7 @@ fn load(certificate: &Path, key: &Path) -> Result<Loaded, TlsError> {
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(unreadable(certificate))?;
     let key = PrivateKeyDer::from_pem_file(key).map_err(unreadable(key))?;
-    let unusable =
-        |source| TlsError::Certificate { path: certificate.to_owned(), source };
+    let unusable = |source| TlsError::Certificate { path: certificate.to_owned(), source };
     let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()
         .map_err(unusable)?

@@ -11,6 +11,7 @@ use std::{
 };
 
 use common::{Ask, World, group, keys, pull_target, write_keys};
+use envelog_server::{Server, ServerBuilder};
 use jiff::SignedDuration;
 use serde_json::{Value, json};
 
@@ -20,7 +21,10 @@ const NULL: Value = Value::Null;
 fn projects_and_logstores_live_and_die() {
     let world = World::new();
     world.ok("POST", "/", &json!({ "projectName": "app", "description": "d" }));
-    assert_eq!(world.call("POST", "/", &json!({ "projectName": "app" })).code(), "ProjectAlreadyExist");
+    assert_eq!(
+        world.call("POST", "/", &json!({ "projectName": "app" })).code(),
+        "ProjectAlreadyExist"
+    );
     assert_eq!(world.ok("GET", "/", &NULL).json()["description"], "d");
     world.ok("PUT", "/", &json!({ "description": "e" }));
     let conf = json!({ "enable": true, "encrypt_type": "default" });
@@ -46,7 +50,10 @@ fn projects_and_logstores_live_and_die() {
     assert_eq!(world.call("DELETE", "/", &NULL).code(), "ProjectNotEmpty");
     for name in ["one", "two"] {
         world.ok("DELETE", &format!("/logstores/{name}"), &NULL);
-        assert_eq!(world.call("GET", &format!("/logstores/{name}"), &NULL).code(), "LogStoreNotExist");
+        assert_eq!(
+            world.call("GET", &format!("/logstores/{name}"), &NULL).code(),
+            "LogStoreNotExist"
+        );
     }
     // A new Logstore of the same name has nothing of the old one.
     world.ok("POST", "/logstores", &json!({ "logstoreName": "one" }));
@@ -68,7 +75,10 @@ fn an_update_merges_and_an_illegal_one_changes_nothing() {
     let (_, byok) = world.byok();
     for (body, code) in [
         (json!({ "ttl": 5 }), "ParameterInvalid"),
-        (json!({ "ttl": 5, "encrypt_conf": { "enable": true, "encrypt_type": "sm4" } }), "ParameterInvalid"),
+        (
+            json!({ "ttl": 5, "encrypt_conf": { "enable": true, "encrypt_type": "sm4" } }),
+            "ParameterInvalid",
+        ),
         (json!({ "ttl": 5, "encrypt_conf": byok }), "ParameterInvalid"),
         (json!({ "ttl": 5, "shardCount": 9, "encrypt_conf": conf }), "ParameterInvalid"),
         (json!({ "ttl": 5, "revision": 99, "encrypt_conf": conf }), "ParameterInvalid"),
@@ -137,7 +147,10 @@ fn a_signature_that_is_wrong_or_late_is_refused_before_anything_is_stored() {
         let time = put.time + SignedDuration::from_mins(minutes);
         assert_eq!(Ask { time, ..put.clone() }.refused(&world, 400), "RequestTimeTooSkewed");
     }
-    assert_eq!(put.clone().header("x-acs-security-token", "t").refused(&world, 401), "Unauthorized");
+    assert_eq!(
+        put.clone().header("x-acs-security-token", "t").refused(&world, 401),
+        "Unauthorized"
+    );
     // A body that is not the signed one.
     let mut request = put.signed();
     *request.last_mut().unwrap() ^= 1;
@@ -211,25 +224,37 @@ fn what_is_put_in_any_form_is_pulled_in_any_form() {
         ("lz4", lz4_flex::block::compress(&raw)),
         ("zstd", zstd::bulk::compress(&raw, 1).unwrap()),
         ("deflate", {
-            let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+            let mut encoder =
+                flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
             encoder.write_all(&raw).unwrap();
             encoder.finish().unwrap()
         }),
     ];
     let key = "0".repeat(32);
     for (form, body) in &forms {
-        let ask = Ask { target: format!("/logstores/one/shards/route?key={key}"), ..Ask::put("one", body.clone()) };
-        let ask = ask.header("x-log-compresstype", form).header("x-log-bodyrawsize", &raw.len().to_string());
+        let ask = Ask {
+            target: format!("/logstores/one/shards/route?key={key}"),
+            ..Ask::put("one", body.clone())
+        };
+        let ask = ask
+            .header("x-log-compresstype", form)
+            .header("x-log-bodyrawsize", &raw.len().to_string());
         assert_eq!(ask.send(&world).status, 200, "{form}");
     }
     let begin = world.ok("GET", "/logstores/one/shards/0?type=cursor&from=begin", &NULL).json();
     let begin = begin["cursor"].as_str().unwrap();
     let mut list = Vec::new();
     (0..3).for_each(|_| envelog::group::put_frame(&mut list, &raw));
-    for (accept, form) in [("", ""), ("lz4", "lz4"), ("zstd", "zstd"), ("gzip, deflate", "deflate")] {
-        let answer = Ask::new("GET", &pull_target("one", 0, begin)).header("accept-encoding", accept).send(&world);
+    for (accept, form) in [("", ""), ("lz4", "lz4"), ("zstd", "zstd"), ("gzip, deflate", "deflate")]
+    {
+        let answer = Ask::new("GET", &pull_target("one", 0, begin))
+            .header("accept-encoding", accept)
+            .send(&world);
         assert_eq!(answer.header("x-log-compresstype"), form);
-        assert_eq!((answer.header("x-log-count"), answer.header("content-type")), ("3", common::PROTOBUF));
+        assert_eq!(
+            (answer.header("x-log-count"), answer.header("content-type")),
+            ("3", common::PROTOBUF)
+        );
         let size: usize = answer.header("x-log-bodyrawsize").parse().unwrap();
         let body = match form {
             "lz4" => lz4_flex::block::decompress(&answer.body, size).unwrap(),
@@ -257,7 +282,10 @@ fn cursors_lead_through_a_shard_and_wrong_ones_are_refused() {
     assert_eq!(cursor("begin"), cursor("end"));
     let key = "0".repeat(32);
     for _ in 0..5 {
-        let ask = Ask { target: format!("{shard}/../route?key={key}").replace("/0/..", ""), ..Ask::put("one", group("x")) };
+        let ask = Ask {
+            target: format!("{shard}/../route?key={key}").replace("/0/..", ""),
+            ..Ask::put("one", group("x"))
+        };
         assert_eq!(ask.send(&world).status, 200);
     }
     let (begin, end) = (cursor("begin"), cursor("end"));
@@ -284,7 +312,8 @@ fn cursors_lead_through_a_shard_and_wrong_ones_are_refused() {
     }
     let beyond = {
         use base64::{Engine, engine::general_purpose::STANDARD};
-        let number: u64 = String::from_utf8(STANDARD.decode(&end).unwrap()).unwrap().parse().unwrap();
+        let number: u64 =
+            String::from_utf8(STANDARD.decode(&end).unwrap()).unwrap().parse().unwrap();
         STANDARD.encode((number + 1).to_string())
     };
     for (target, code) in [
@@ -394,7 +423,9 @@ fn a_key_that_cannot_be_used_makes_no_logstore() {
     let world = World::new();
     world.create("one", &NULL);
     let (key, conf) = world.byok();
-    let create = |conf: &Value| world.call("POST", "/logstores", &json!({ "logstoreName": "two", "encrypt_conf": conf }));
+    let create = |conf: &Value| {
+        world.call("POST", "/logstores", &json!({ "logstoreName": "two", "encrypt_conf": conf }))
+    };
     world.kms.disable(&key).unwrap();
     let refused = create(&conf);
     assert_eq!((refused.status, refused.code()), (403, "KmsKeyRevoked".to_owned()));
@@ -421,22 +452,32 @@ fn consumer_groups_keep_checkpoints_and_say_who_owns_a_shard() {
     let list = world.ok("GET", groups, &NULL).json();
     assert_eq!(list, json!([{ "name": "g é", "timeout": 20, "order": true }]));
 
-    let beat = |consumer: &str, held: Value| world.call("POST", &format!("{group}?type=heartbeat&consumer={consumer}"), &held);
+    let beat = |consumer: &str, held: Value| {
+        world.call("POST", &format!("{group}?type=heartbeat&consumer={consumer}"), &held)
+    };
     assert_eq!(beat("c", json!([])).json(), json!([0, 1]));
     assert_eq!(beat("d", json!([])).json(), json!([]));
     assert_eq!(beat("e", json!([0])).code(), "NotExistConsumerWithBody");
     assert_eq!(beat("c", json!([0, 1])).json(), json!([0]));
     assert_eq!(beat("c", json!("x")).code(), "JsonInfoInvalid");
 
-    let set = |query: &str, body: Value| world.call("POST", &format!("{group}?type=checkpoint&{query}"), &body);
+    let set = |query: &str, body: Value| {
+        world.call("POST", &format!("{group}?type=checkpoint&{query}"), &body)
+    };
     let checkpoint = json!({ "shard": 1, "checkpoint": "MTIz" });
     assert_eq!(set("consumer=d", checkpoint.clone()).code(), "ConsumerNotMatch");
     assert_eq!(set("consumer=x", checkpoint.clone()).code(), "ConsumerNotExsit");
     assert_eq!(set("consumer=c&forceSuccess=False", checkpoint.clone()).status, 200);
-    assert_eq!(set("consumer=&forceSuccess=True", json!({ "shard": 0, "checkpoint": "MQ==" })).status, 200);
+    assert_eq!(
+        set("consumer=&forceSuccess=True", json!({ "shard": 0, "checkpoint": "MQ==" })).status,
+        200
+    );
     let absent = set("forceSuccess=true", json!({ "shard": 9, "checkpoint": "MQ==" }));
     assert_eq!((absent.status, absent.code()), (404, "ShardNotExist".to_owned()));
-    assert_eq!(set("forceSuccess=true", json!({ "shard": 0, "checkpoint": "!" })).code(), "InvalidShardCheckPoint");
+    assert_eq!(
+        set("forceSuccess=true", json!({ "shard": 0, "checkpoint": "!" })).code(),
+        "InvalidShardCheckPoint"
+    );
     let one = world.ok("GET", &format!("{group}?shard=1"), &NULL).json();
     assert_eq!((&one[0]["checkpoint"], &one[0]["consumer"]), (&json!("MTIz"), &json!("c")));
     assert!(one[0]["updateTime"].as_u64().unwrap() > 1_700_000_000_000_000);
@@ -460,7 +501,12 @@ fn logs_are_found_by_time_and_words() {
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let answer = world.call("POST", "/logstores/one/logs", &body);
         let texts: Vec<String> = match answer.status {
-            200 => answer.json()["data"].as_array().unwrap().iter().map(|log| log["text"].as_str().unwrap().to_owned()).collect(),
+            200 => answer.json()["data"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|log| log["text"].as_str().unwrap().to_owned())
+                .collect(),
             _ => vec![answer.code()],
         };
         texts
@@ -474,13 +520,17 @@ fn logs_are_found_by_time_and_words() {
     reversed.reverse();
     assert_eq!(reversed, all);
     assert!(search(json!({ "from": 0, "to": 100 })).is_empty());
-    for refused in [json!({ "query": "* | select 1" }), json!({ "line": 101 }), json!({ "from": now + 99 })] {
+    for refused in
+        [json!({ "query": "* | select 1" }), json!({ "line": 101 }), json!({ "from": now + 99 })]
+    {
         assert_eq!(search(refused), ["ParameterInvalid"]);
     }
-    let query = format!("/logstores/one?type=histogram&from={}&to={}&query=get", now - 60, now + 60);
+    let query =
+        format!("/logstores/one?type=histogram&from={}&to={}&query=get", now - 60, now + 60);
     let answer = world.ok("GET", &query, &NULL);
     assert_eq!((answer.header("x-log-progress"), answer.header("x-log-count")), ("Complete", "2"));
-    let total: u64 = answer.json().as_array().unwrap().iter().map(|it| it["count"].as_u64().unwrap()).sum();
+    let total: u64 =
+        answer.json().as_array().unwrap().iter().map(|it| it["count"].as_u64().unwrap()).sum();
     assert_eq!(total, 2);
     let query = query.replace("histogram", "log");
     assert_eq!(world.ok("GET", &query, &NULL).json().as_array().unwrap().len(), 2);
@@ -496,7 +546,9 @@ fn operators_see_health_and_metrics_without_a_signature() {
     };
     assert_eq!((get("/healthz").status, get("/readyz").text()), (200, "ready\n".to_owned()));
     let metrics = get("/metrics").text();
-    for word in ["envelog_serve_requests_total ", "envelog_serve_connections ", "envelog_kms_call_seconds"] {
+    for word in
+        ["envelog_serve_requests_total ", "envelog_serve_connections ", "envelog_kms_call_seconds"]
+    {
         assert!(metrics.contains(word), "{word}: {metrics}");
     }
     assert!(metrics.ends_with("# EOF\n") && metrics.matches("# EOF").count() == 1);
@@ -530,7 +582,8 @@ fn a_stop_lets_calls_end_and_loses_nothing() {
     let pulled = waiting.join().unwrap();
     assert!(pulled.status == 200 && ["0", "1"].contains(&pulled.header("x-log-count")));
     let logstore = world.store.logstore(&"app/one".parse().unwrap()).unwrap();
-    let groups: usize = (0..2).map(|shard| logstore.read(shard, &Default::default()).unwrap().count()).sum();
+    let groups: usize =
+        (0..2).map(|shard| logstore.read(shard, &Default::default()).unwrap().count()).sum();
     assert_eq!(groups, 1);
     assert!(TcpStream::connect(address).is_err());
 }
@@ -538,16 +591,12 @@ fn a_stop_lets_calls_end_and_loses_nothing() {
 #[test]
 fn off_loopback_nothing_is_open_by_default() {
     let dir = tempfile::tempdir().unwrap();
-    let store = envelog::Store::builder(dir.path().join("s"), dir.path().join("k"), envelog::crypto::AwsLc::new())
-        .create()
-        .unwrap();
     let path = dir.path().join("keys.json");
     write_keys(&path, &keys());
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let bind = |builder: envelog_server::ServerBuilder| {
-        runtime.block_on(builder.bind("0.0.0.0:0".parse().unwrap())).map(drop).map_err(|it| it.to_string())
+    let bind = |builder: ServerBuilder| {
+        builder.bind("0.0.0.0:0".parse().unwrap()).map(drop).map_err(|it| it.to_string())
     };
-    let builder = || envelog_server::Server::builder(store.clone());
+    let builder = Server::builder;
     assert!(bind(builder().plain_http(true)).unwrap_err().contains("--access-keys"));
     assert!(bind(builder().access_keys(&path)).unwrap_err().contains("--tls-cert"));
     bind(builder().access_keys(&path).plain_http(true)).unwrap();

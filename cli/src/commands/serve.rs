@@ -5,10 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use envelog::Store;
 use envelog_server::{ServeError, Server};
 use serde_json::json;
-use tokio::{
-    runtime::{Builder, Runtime},
-    time::sleep,
-};
+use tokio::{runtime::Builder, time::sleep};
 
 use crate::{
     args::ServeArgs,
@@ -24,10 +21,8 @@ const LAST_CALLS: Duration = Duration::from_secs(5);
 
 pub(crate) fn run(setup: &Setup, args: &ServeArgs) -> Result {
     interrupt::defer()?;
-    let runtime = Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::other(format!("cannot start threads: {error}")))?;
+    // Refuse everything that needs no store to check before creating one.
+    let server = listen(args)?;
     let new_store = !setup.keyring.exists();
     let store = setup.builder().open_or_create()?;
     if new_store {
@@ -36,13 +31,17 @@ pub(crate) fn run(setup: &Setup, args: &ServeArgs) -> Result {
             output::path(&setup.keyring)
         ));
     }
-    let served = serve(setup, args, &runtime, &store);
-    runtime.shutdown_timeout(LAST_CALLS);
+    if !server.has_access_keys() {
+        setup.notice(
+            "there are no access keys: every program on this machine may do everything; give --access-keys FILE",
+        );
+    }
+    let served = tell(setup, server.local_addr(), args).and_then(|()| serve(server, &store));
     both(served, setup.close(store))
 }
 
-fn serve(setup: &Setup, args: &ServeArgs, runtime: &Runtime, store: &Store) -> Result {
-    let mut builder = Server::builder(store.clone())
+fn listen(args: &ServeArgs) -> Result<Server> {
+    let mut builder = Server::builder()
         .plain_http(args.plain_http)
         .base_host(&args.base_host)
         .region(&args.region);
@@ -52,23 +51,23 @@ fn serve(setup: &Setup, args: &ServeArgs, runtime: &Runtime, store: &Store) -> R
     if let (Some(certificate), Some(key)) = (&args.tls_cert, &args.tls_key) {
         builder = builder.tls(certificate, key);
     }
-    runtime.block_on(async {
-        let server = builder.bind(args.listen).await?;
-        tell(setup, server.local_addr(), args)?;
-        if !server.has_access_keys() {
-            setup.notice(
-                "there are no access keys: every program on this machine may do everything; give --access-keys FILE",
-            );
+    Ok(builder.bind(args.listen)?)
+}
+
+/// Serves until a signal comes.
+fn serve(server: Server, store: &Store) -> Result {
+    let runtime = Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::other(format!("cannot start threads: {error}")))?;
+    let signal = async {
+        while !interrupt::asked() {
+            sleep(LOOK_EVERY).await;
         }
-        server
-            .run(async {
-                while !interrupt::asked() {
-                    sleep(LOOK_EVERY).await;
-                }
-            })
-            .await;
-        Ok(())
-    })
+    };
+    let served = runtime.block_on(server.run(store.clone(), signal));
+    runtime.shutdown_timeout(LAST_CALLS);
+    Ok(served?)
 }
 
 /// Prints the address, which a port of 0 has the system choose.

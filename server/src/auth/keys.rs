@@ -216,7 +216,9 @@ fn check_file(path: &Path, metadata: &std::fs::Metadata) -> Result<(), KeysError
     }
     let mode = metadata.mode() & 0o7777;
     if mode & EXPOSED != 0 {
-        return refuse(format!("its mode is {mode:04o}, so others may use it; run chmod 600 on it"));
+        return refuse(format!(
+            "its mode is {mode:04o}, so others may use it; run chmod 600 on it"
+        ));
     }
     let owner = metadata.uid();
     if owner != 0 && owner != rustix::process::geteuid().as_raw() {
@@ -320,7 +322,8 @@ mod tests {
             let refusal = AccessKeys::load(&path).unwrap_err().to_string();
             assert!(!refusal.contains("hunter2"), "{refusal}");
         }
-        let twice = KEYS.replace("}]", r#"}, {"id": "a", "secret": "t", "projects": [], "allow": []}]"#);
+        let twice =
+            KEYS.replace("}]", r#"}, {"id": "a", "secret": "t", "projects": [], "allow": []}]"#);
         write(&path, &twice, 0o600);
         assert!(AccessKeys::load(&path).unwrap_err().to_string().contains("twice"));
     }

@@ -53,10 +53,8 @@ impl Caller {
         if self.may(right, project) {
             return Ok(());
         }
-        let message = format!(
-            "the access key has no permission ({}) in the project {project}",
-            right.name()
-        );
+        let message =
+            format!("the access key has no permission ({}) in the project {project}", right.name());
         Err(ApiError::unauthorized("Unauthorized", message))
     }
 

@@ -28,8 +28,7 @@ const SHA256_HEADER: &str = "x-log-content-sha256";
 const DATE_HEADER: &str = "x-log-date";
 const V4_DATE: &str = "%Y%m%dT%H%M%SZ";
 /// What RFC 3986 calls unreserved is not escaped.
-const ESCAPED: &AsciiSet =
-    &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// The signature in a request.
 #[derive(Debug)]
@@ -88,7 +87,10 @@ impl Signed {
             let signature = STANDARD.decode(signature).map_err(|_| malformed())?;
             let date = call.header(DATE_HEADER).or_else(|| call.header("date"));
             let date = date.ok_or_else(no_date)?.to_owned();
-            return Ok(Self { key_id: key_id.to_owned(), version: Version::V1 { signature, date } });
+            return Ok(Self {
+                key_id: key_id.to_owned(),
+                version: Version::V1 { signature, date },
+            });
         }
         let parts = header.strip_prefix(V4).ok_or_else(malformed)?;
         let (credential, signature) = parts.split_once(',').ok_or_else(malformed)?;
@@ -166,9 +168,7 @@ impl Signed {
         Ok(match &self.version {
             Version::V1 { .. } => match call.header("content-md5") {
                 None | Some("") => BodyDigest::None,
-                Some(text) => {
-                    BodyDigest::Md5(decode(text)?.try_into().map_err(|_| malformed())?)
-                }
+                Some(text) => BodyDigest::Md5(decode(text)?.try_into().map_err(|_| malformed())?),
             },
             Version::V4 { digest, .. } => {
                 BodyDigest::Sha256(decode(digest)?.try_into().map_err(|_| malformed())?)
@@ -203,7 +203,8 @@ fn v4_time(text: &str) -> Option<i64> {
 /// The headers of the service that a signature covers, in the order of their names.
 fn signed_headers(call: &Call) -> Vec<(&str, &str)> {
     let is_signed = |name: &str| {
-        (name.starts_with("x-log-") || name.starts_with("x-acs-")) && !name.starts_with("x-log-meta-")
+        (name.starts_with("x-log-") || name.starts_with("x-acs-"))
+            && !name.starts_with("x-log-meta-")
     };
     let headers = call.headers.iter().filter(|(name, _)| is_signed(name.as_str()));
     let mut headers: Vec<(&str, &str)> =
@@ -214,12 +215,8 @@ fn signed_headers(call: &Call) -> Vec<(&str, &str)> {
 
 fn v1(call: &Call, date: &str, secret: &[u8]) -> Vec<u8> {
     let header = |name| call.header(name).unwrap_or_default();
-    let mut text = format!(
-        "{}\n{}\n{}\n{date}\n",
-        call.method,
-        header("content-md5"),
-        header("content-type")
-    );
+    let mut text =
+        format!("{}\n{}\n{}\n{date}\n", call.method, header("content-md5"), header("content-type"));
     for (name, value) in signed_headers(call) {
         if name != DATE_HEADER {
             text.push_str(&format!("{name}:{value}\n"));
@@ -288,8 +285,7 @@ mod tests {
     fn recorded(head: &str) -> Call {
         let mut lines = head.lines();
         let mut line = lines.next().unwrap().split(' ');
-        let mut request =
-            Request::builder().method(line.next().unwrap()).uri(line.next().unwrap());
+        let mut request = Request::builder().method(line.next().unwrap()).uri(line.next().unwrap());
         for line in lines {
             let (name, value) = line.split_once(':').unwrap();
             request = request.header(name, value.trim());
@@ -302,7 +298,8 @@ mod tests {
         Signed::of(&call)?.verify(&call, secret.as_bytes())
     }
 
-    const PUT_V1: &str = "POST http://demo-project.sls.local:8099/logstores/demo-store/shards/lb HTTP/1.1
+    const PUT_V1: &str =
+        "POST http://demo-project.sls.local:8099/logstores/demo-store/shards/lb HTTP/1.1
 Host: demo-project.sls.local
 x-log-bodyrawsize: 74
 Content-Type: application/x-protobuf
@@ -313,7 +310,8 @@ Date: Tue, 24 Nov 2026 02:12:27 GMT
 Content-MD5: 4EE8490E8ADB1E993F2349B314DA7A8C
 Authorization: LOG testAK:2thopOs4lj1cwoFXOPUAJDWNH1A=
 x-log-date: Tue, 24 Nov 2026 02:12:27 GMT";
-    const CURSOR_V1: &str = "GET /logstores/demo-store/shards/0?type=cursor_time&cursor=MA%3D%3D HTTP/1.1
+    const CURSOR_V1: &str =
+        "GET /logstores/demo-store/shards/0?type=cursor_time&cursor=MA%3D%3D HTTP/1.1
 Content-Type: application/json
 x-log-bodyrawsize: 0
 x-log-apiversion: 0.6.0
@@ -375,10 +373,12 @@ Date: Thu, 01 Jan 1970 00:00:00 GMT
 Authorization: LOG id:SApFTtfTFKHmzdEdaMe5TjNn+RQ=";
         check(empty, "").unwrap();
         // This one signs no host.
-        let mut call = recorded("POST /logstores HTTP/1.1\nHost: sls.local\nx-log-date: 20220808T032330Z");
+        let mut call =
+            recorded("POST /logstores HTTP/1.1\nHost: sls.local\nx-log-date: 20220808T032330Z");
         let digest = hex(&Sha256::digest(b"adasd= -asd zcas"));
         call.headers.insert(SHA256_HEADER, digest.parse().unwrap());
-        let sign = v4(&call, "", "20220808T032330Z", "20220808/cn-shanghai", &digest, b"zxasdasdasw2");
+        let sign =
+            v4(&call, "", "20220808T032330Z", "20220808/cn-shanghai", &digest, b"zxasdasdasw2");
         assert_eq!(hex(&sign), "8a10a5e723cb2e75964816de660b2c16a58af8bc0261f7f0722d832468c76ce8");
     }
 

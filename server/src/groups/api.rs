@@ -111,7 +111,8 @@ fn update(group: &Group, body: &[u8]) -> Result<Answer> {
     let (timeout, order) = settings(&json_object(body)?)?;
     let now = group.document();
     // Each start of a consumer sends its settings.
-    let is_same = timeout.is_none_or(|it| it == now.timeout_s) && order.is_none_or(|it| it == now.order);
+    let is_same =
+        timeout.is_none_or(|it| it == now.timeout_s) && order.is_none_or(|it| it == now.order);
     if !is_same {
         group.change(|document| {
             document.timeout_s = timeout.unwrap_or(document.timeout_s);
@@ -130,8 +131,8 @@ fn heartbeat(
 ) -> Result<Answer> {
     let consumer = call.required("consumer")?;
     names::check_consumer("consumer", consumer)?;
-    let held: BTreeSet<u32> = serde_json::from_slice(body)
-        .map_err(|_| invalid("the body must be a list of shards"))?;
+    let held: BTreeSet<u32> =
+        serde_json::from_slice(body).map_err(|_| invalid("the body must be a list of shards"))?;
     let shards: Vec<u32> = logstore.config().shards.iter().map(|shard| shard.id).collect();
     let (now, timeout) = (service.groups.now(), timeout_of(&group.document()));
     let mut assignment = group.assignment();
@@ -195,7 +196,8 @@ fn set_checkpoint(
     let shard = shard_of(logstore, &shard.to_string())
         .map_err(|error| ApiError { status: StatusCode::NOT_FOUND, ..error })?;
     let cursor = text(&fields, "checkpoint").ok().flatten();
-    let cursor = cursor.filter(|it| it.len() <= CHECKPOINT_BYTES_MAX && STANDARD.decode(it).is_ok());
+    let cursor =
+        cursor.filter(|it| it.len() <= CHECKPOINT_BYTES_MAX && STANDARD.decode(it).is_ok());
     let cursor = cursor.ok_or_else(|| {
         ApiError::bad("InvalidShardCheckPoint", "the checkpoint is not base64 text")
     })?;

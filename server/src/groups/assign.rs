@@ -73,8 +73,7 @@ impl Assignment {
         if !recovering {
             self.fill_up(consumer, shards);
         }
-        let is_assigned =
-            |owner: &Owner| owner.consumer == consumer && !owner.revoked;
+        let is_assigned = |owner: &Owner| owner.consumer == consumer && !owner.revoked;
         Ok(self.owners.iter().filter(|(_, owner)| is_assigned(owner)).map(|(id, _)| *id).collect())
     }
 

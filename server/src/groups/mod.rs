@@ -148,7 +148,8 @@ impl Groups {
             return Err(ApiError::bad("ConsumerGroupAlreadyExist", message));
         }
         if self.list(logstore).len() >= GROUPS_MAX {
-            let message = format!("the Logstore has {GROUPS_MAX} consumer groups, which is the limit");
+            let message =
+                format!("the Logstore has {GROUPS_MAX} consumer groups, which is the limit");
             let status = hyper::StatusCode::FORBIDDEN;
             return Err(ApiError::new(status, "ConsumerGroupQuotaExceed", message));
         }
@@ -220,7 +221,12 @@ mod tests {
     use super::*;
 
     fn document(name: &str) -> Document {
-        Document { name: name.to_owned(), timeout_s: 6.0, order: true, checkpoints: BTreeMap::new() }
+        Document {
+            name: name.to_owned(),
+            timeout_s: 6.0,
+            order: true,
+            checkpoints: BTreeMap::new(),
+        }
     }
 
     #[test]
@@ -257,7 +263,10 @@ mod tests {
         for index in 0..GROUPS_MAX {
             groups.create("one", document(&index.to_string())).unwrap();
         }
-        assert_eq!(groups.create("one", document("x")).unwrap_err().code, "ConsumerGroupQuotaExceed");
+        assert_eq!(
+            groups.create("one", document("x")).unwrap_err().code,
+            "ConsumerGroupQuotaExceed"
+        );
         groups.delete("one", "7").unwrap();
         groups.create("one", document("x")).unwrap();
     }

@@ -231,8 +231,21 @@ mod tests {
     #[test]
     fn anything_else_is_refused() {
         for query in [
-            "level: info", "* | select 1", "a*", "(a", "a)", "a and", "or", "not", "\"a", "\"\"",
-            "a > 5", "()", &"(".repeat(100), &"not ".repeat(100), &"a ".repeat(65),
+            "level: info",
+            "* | select 1",
+            "a*",
+            "(a",
+            "a)",
+            "a and",
+            "or",
+            "not",
+            "\"a",
+            "\"\"",
+            "a > 5",
+            "()",
+            &"(".repeat(100),
+            &"not ".repeat(100),
+            &"a ".repeat(65),
         ] {
             assert_eq!(Expression::parse(query).unwrap_err().code, "ParameterInvalid", "{query}");
         }

@@ -68,12 +68,10 @@ impl Search {
         let (began, mut bytes, mut room) = (Instant::now(), 0, Vec::new());
         let from = self.times.start.saturating_sub(EARLY_S).saturating_mul(MICROSECONDS);
         let to = self.times.end.saturating_add(LATE_S).saturating_mul(MICROSECONDS);
-        let options =
-            ReadOptions::default().from(Position::Time(from)).to(Position::Time(to));
+        let options = ReadOptions::default().from(Position::Time(from)).to(Position::Time(to));
         let config = logstore.config();
-        let wanted = |shard: &&envelog::admin::ShardInfo| {
-            self.shard.is_none_or(|wanted| wanted == shard.id)
-        };
+        let wanted =
+            |shard: &&envelog::admin::ShardInfo| self.shard.is_none_or(|wanted| wanted == shard.id);
         for shard in config.shards.iter().filter(wanted) {
             let mut reader = logstore.read(shard.id, &options)?;
             while let Some(block) = reader.next_block()? {

@@ -66,21 +66,24 @@ impl World {
         Self::with(|builder| builder)
     }
 
-    pub(crate) fn with(settings: impl FnOnce(ServerBuilder) -> ServerBuilder + Send + 'static) -> Self {
+    pub(crate) fn with(
+        settings: impl FnOnce(ServerBuilder) -> ServerBuilder + Send + 'static,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let kms = Arc::new(LocalKms::create_or_open(dir.path().join("kms")).unwrap());
         let options = StoreOptions::default()
             .revalidate_every(Duration::from_millis(200))
             .outage_grace(Duration::from_secs(1));
-        let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
-            .options(options)
-            .kms(Arc::clone(&kms) as _)
-            .create()
-            .unwrap();
+        let store =
+            Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
+                .options(options)
+                .kms(Arc::clone(&kms) as _)
+                .create()
+                .unwrap();
         let path = dir.path().join("keys.json");
         write_keys(&path, &keys());
-        let builder = Server::builder(store.clone()).access_keys(path);
-        let (address, stop, serving) = start(settings(builder));
+        let builder = settings(Server::builder().access_keys(path));
+        let (address, stop, serving) = start(builder, store.clone());
         Self { dir, store, kms, address, stop: Some(stop), serving: Some(serving) }
     }
 
@@ -134,10 +137,8 @@ impl World {
         let mut found = Vec::new();
         for shard in 0..2 {
             let target = format!("/logstores/{logstore}/shards/{shard}?type=cursor&from=begin");
-            let mut cursor = self.ok("GET", &target, &Value::Null).json()["cursor"]
-                .as_str()
-                .unwrap()
-                .to_owned();
+            let mut cursor =
+                self.ok("GET", &target, &Value::Null).json()["cursor"].as_str().unwrap().to_owned();
             loop {
                 let answer = self.ok("GET", &pull_target(logstore, shard, &cursor), &Value::Null);
                 if answer.header("x-log-count") == "0" {
@@ -172,18 +173,18 @@ pub(crate) fn write_keys(path: &std::path::Path, keys: &Value) {
     fs::rename(&new, path).unwrap();
 }
 
-fn start(builder: ServerBuilder) -> (SocketAddr, oneshot::Sender<()>, JoinHandle<()>) {
+fn start(
+    builder: ServerBuilder,
+    store: Store,
+) -> (SocketAddr, oneshot::Sender<()>, JoinHandle<()>) {
     let (stop, stopped) = oneshot::channel();
-    let (told, address) = std::sync::mpsc::channel();
+    let server = builder.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = server.local_addr();
     let serving = thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let server = builder.bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
-            told.send(server.local_addr()).unwrap();
-            server.run(async { drop(stopped.await) }).await;
-        });
+        runtime.block_on(server.run(store, async { drop(stopped.await) })).unwrap();
     });
-    (address.recv().unwrap(), stop, serving)
+    (address, stop, serving)
 }
 
 pub(crate) fn pull_target(logstore: &str, shard: u32, cursor: &str) -> String {
@@ -194,7 +195,8 @@ pub(crate) fn pull_target(logstore: &str, shard: u32, cursor: &str) -> String {
 /// A group with one log.
 pub(crate) fn group(text: &str) -> Vec<u8> {
     let now = u32::try_from(Timestamp::now().as_second()).unwrap();
-    let log = Log { time: now, contents: vec![Content::new("text", text.to_owned())], ..Log::default() };
+    let log =
+        Log { time: now, contents: vec![Content::new("text", text.to_owned())], ..Log::default() };
     LogGroup { logs: vec![log], ..LogGroup::default() }.encode_to_bytes().to_vec()
 }
 
@@ -288,8 +290,10 @@ impl Ask {
 
     /// The request with these headers.
     pub(crate) fn raw(&self, headers: &[(String, String)]) -> Vec<u8> {
-        let mut request = format!("{} {} HTTP/1.1\r\nHost: {}\r\n", self.method, self.target, self.host);
-        if !headers.iter().any(|(name, _)| name == "content-length" || name == "transfer-encoding") {
+        let mut request =
+            format!("{} {} HTTP/1.1\r\nHost: {}\r\n", self.method, self.target, self.host);
+        if !headers.iter().any(|(name, _)| name == "content-length" || name == "transfer-encoding")
+        {
             request.push_str(&format!("Content-Length: {}\r\n", self.body.len()));
         }
         for (name, value) in headers {
@@ -331,9 +335,10 @@ pub(crate) struct Answer {
 
 impl Answer {
     fn parse(bytes: &[u8]) -> Self {
-        let end = bytes.windows(4).position(|it| it == b"\r\n\r\n").unwrap_or_else(|| {
-            panic!("no answer: {:?}", String::from_utf8_lossy(bytes))
-        });
+        let end = bytes
+            .windows(4)
+            .position(|it| it == b"\r\n\r\n")
+            .unwrap_or_else(|| panic!("no answer: {:?}", String::from_utf8_lossy(bytes)));
         let head = std::str::from_utf8(&bytes[..end]).unwrap();
         let mut lines = head.lines();
         let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
