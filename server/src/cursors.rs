@@ -1,8 +1,9 @@
 //! Cursors: places in a shard, as clients keep them.
 //!
 //! A cursor is the sequence number of the next group, counted from an origin that follows from the
-//! creation of the Logstore. So a cursor of a deleted Logstore is none of a later one of its name.
-//! Clients see the base64 text of a decimal number. Some subtract one from it.
+//! creation of the Logstore. So most cursors of a deleted Logstore are none of a later one of its
+//! name: they lie in front of its origin. Clients see the base64 text of a decimal number. Some
+//! subtract one from it.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use envelog::{Logstore, LogstoreConfig, Position, ReadOptions};
@@ -43,8 +44,7 @@ impl Cursors {
     /// As [`Cursors::seq`].
     ///
     /// # Errors
-    /// 400. A client that reads logs must not take this code for a reason to skip some: the Python
-    /// client does so at `InvalidCursor`.
+    /// 400, and not with the code `InvalidCursor`: the Python client then skips logs.
     pub(crate) fn expect(self, text: &str) -> Result<u64> {
         self.seq(text).ok_or_else(|| {
             ApiError::parameter("the cursor is none of this Logstore: get a new one")

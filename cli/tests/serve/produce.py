@@ -7,7 +7,7 @@ import time
 from sdk import LogException, LogItem, PutLogsRequest, client, say
 
 THREADS, LOGS = 8, 5
-lock, stop = threading.Lock(), threading.Event()
+stop = threading.Event()
 
 
 def produce(thread):
@@ -21,8 +21,7 @@ def produce(thread):
         except LogException:
             time.sleep(0.1)
             continue
-        with lock:
-            say(' '.join(ids))
+        say(*ids)
 
 
 threads = [threading.Thread(target=produce, args=(n,)) for n in range(THREADS)]

@@ -5,11 +5,13 @@ The SDK asks for the host PROJECT.sls.local. In this process such names resolve 
 import os
 import socket
 import sys
+import threading
 
 from aliyun.log import LogClient, LogException, LogItem, PutLogsRequest  # noqa: F401
 
 HOST = 'sls.local'
 REGION = 'cn-hangzhou'
+_printing = threading.Lock()
 _real = socket.getaddrinfo
 
 
@@ -44,8 +46,10 @@ def refused(call, status, code):
 
 
 def say(*words):
-    print(*words)
-    sys.stdout.flush()
+    """Prints a line. Lines of several threads do not mix."""
+    with _printing:
+        sys.stdout.write(' '.join(map(str, words)) + '\n')
+        sys.stdout.flush()
 
 
 def texts(groups):
