@@ -97,7 +97,7 @@ impl Served {
         Running::start_for(PATIENCE, command)
     }
 
-    /// Runs a script to its end. Returns what it printed.
+    /// Runs a script to its end. Returns its output.
     fn run(&self, name: &str, args: &[&str]) -> String {
         let out = self.script(name, args).finish();
         assert_eq!(out.status, Some(0), "{name}: {}", out.stderr);
@@ -215,7 +215,7 @@ fn nothing_acknowledged_is_lost_when_the_service_is_killed() {
     served.stop();
 }
 
-/// What the workers of a consumer group have printed.
+/// The events that the workers of a consumer group have printed.
 #[derive(Default)]
 struct Told {
     logs: Vec<String>,
@@ -224,7 +224,7 @@ struct Told {
 }
 
 impl Told {
-    /// Takes what has come. Two live workers must not have a shard at once.
+    /// Takes the lines that have arrived. Two live workers must not have a shard at once.
     fn take(&mut self, worker: &'static str, lines: &Receiver<String>) {
         self.note(worker, lines.try_iter());
     }
@@ -294,7 +294,7 @@ fn two_workers_of_the_consumer_library_share_the_shards_and_one_takes_over() {
     one.kill();
     told.take_rest("one", &from_one);
     take(30);
-    // The service is killed too. The other worker goes on with what it has.
+    // The service is killed too. The other worker goes on with its shards.
     served.kill();
     served.start();
     take(30);
@@ -314,7 +314,7 @@ fn two_workers_of_the_consumer_library_share_the_shards_and_one_takes_over() {
         assert!(began.elapsed() < IN_THE_END, "missing: {missing:?}, owners: {:?}", told.owners);
         sleep(Duration::from_millis(100));
     }
-    // It stops, and what it has read is not read again.
+    // It stops, and no log is read again.
     two.finish().assert(0);
     let (late, from_late) = worker(&served, "late");
     let mut told = Told::default();

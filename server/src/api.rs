@@ -1,4 +1,4 @@
-//! The calls of the API: which request is which, who may do it, and what does it.
+//! The calls of the API: which request is which, the permission that it needs, and its function.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use crate::{
 /// The longest body of a call that writes no logs, in bytes.
 const JSON_BYTES_MAX: usize = 64 << 10;
 
-/// What a request asks for.
+/// The calls.
 #[derive(Debug)]
 enum Action {
     CreateProject,
@@ -59,7 +59,7 @@ impl Plan {
     pub(crate) fn of(call: &Call, caller: &Caller) -> Result<Self> {
         let (action, right) = action_of(call)?;
         if matches!(action, Action::CreateProject | Action::ListProjects) {
-            // What they are about is not in the host: they check the right themselves.
+            // Their projects are not in the host: they check the right themselves.
             return Ok(Self { action, project: String::new() });
         }
         let project = call.project.clone();
@@ -212,7 +212,7 @@ impl Action {
     }
 }
 
-/// What a request asks for, and the right that it takes.
+/// The call that a request is, and the right that it takes.
 fn action_of(call: &Call) -> Result<(Action, Right)> {
     let segments: Vec<&str> = call.segments.iter().map(String::as_str).collect();
     let kind = call.parameter("type").unwrap_or_default();

@@ -1,4 +1,4 @@
-//! A call of the API: what of a request decides what is done, and is signed.
+//! A call of the API: the signed parts of a request, which decide its effect.
 
 use std::net::IpAddr;
 

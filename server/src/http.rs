@@ -1,4 +1,4 @@
-//! From an HTTP request to its answer: who asks, what for, and then the body.
+//! From an HTTP request to its answer: head, signature, permission, body, call.
 
 use std::{
     convert::Infallible,
@@ -29,7 +29,7 @@ use crate::{
 const BODY_TIME_MAX: Duration = Duration::from_secs(120);
 /// How long a client may go without sending a part of its body.
 const BODY_STALL_MAX: Duration = Duration::from_secs(20);
-/// What is read of the body of a refused request, so that its client sees the refusal and not a
+/// The bytes of a refused request's body that are read, so that its client sees the refusal and not a
 /// broken connection.
 const DRAIN_BYTES_MAX: usize = 16 << 20;
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(5);
@@ -66,7 +66,7 @@ fn request_id() -> String {
     id.iter().map(|byte| format!("{byte:02X}")).collect()
 }
 
-/// What operators and their tools ask for. Without a signature.
+/// Answers the requests of operators and their tools, which have no signature.
 async fn operation(service: &Arc<Service>, peer: SocketAddr, path: &str) -> Option<Answer> {
     Some(match path {
         "/healthz" => Answer::text(StatusCode::OK, "ok\n"),

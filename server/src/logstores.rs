@@ -1,4 +1,4 @@
-//! Logstores: their JSON, and what creates, changes and deletes them.
+//! Logstores: their JSON, and the calls that create, change, list and delete them.
 
 use std::sync::Arc;
 
@@ -218,7 +218,7 @@ pub(crate) fn get(service: &Service, logstore: &Logstore) -> Answer {
     Answer::json(&json_of(&logstore.config(), fields))
 }
 
-/// `PUT /logstores/{logstore}`: merges what was sent into the current configuration.
+/// `PUT /logstores/{logstore}`: merges the sent fields into the current configuration.
 ///
 /// Blocks for file I/O and KMS calls.
 pub(crate) fn update(

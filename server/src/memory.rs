@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Memory(OwnedSemaphorePermit);
 
 impl Memory {
-    /// Gives back what is more than `bytes`.
+    /// Gives back all but `bytes`.
     pub(crate) fn shrink(&mut self, bytes: usize) {
         let surplus = self.0.num_permits().saturating_sub(units(bytes));
         drop(self.0.split(surplus));

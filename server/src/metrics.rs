@@ -9,7 +9,7 @@ use hyper::StatusCode;
 
 use crate::{response::Answer, service::Service};
 
-/// What the engine's metrics end with.
+/// The end of the engine's metrics.
 const END: &str = "# EOF\n";
 
 /// Counts requests and connections.

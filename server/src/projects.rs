@@ -1,4 +1,4 @@
-//! The projects, and what their Logstores have that the engine does not know. The engine knows only
+//! The projects, and the fields of their Logstores that the engine does not have. The engine has only
 //! names `PROJECT/LOGSTORE`; each project is a document of the service.
 
 use std::{
@@ -36,7 +36,7 @@ pub(crate) struct Project {
     pub(crate) logstores: BTreeMap<String, Fields>,
 }
 
-/// What the service keeps of a Logstore.
+/// The fields of a Logstore that the service keeps.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Fields {

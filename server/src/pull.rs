@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use crate::{
     call::Call,
     compression::{Form, HEADER, RAW_SIZE},
-    cursors::Cursors,
+    cursors::{self, Cursors},
     error::{ApiError, Result},
     response::{Answer, Chunks},
     service::{Open, Service},
@@ -25,7 +25,7 @@ const MEMORY: usize = 16 << 20;
 /// The longest that a call may wait for logs, in milliseconds.
 const WAIT_MS_MAX: u64 = 30_000;
 
-/// What a call asks for.
+/// The parameters of a call.
 #[derive(Clone, Copy, Debug)]
 struct Asked {
     shard: u32,
@@ -95,8 +95,8 @@ impl Found {
     }
 
     fn read(asked: &Asked, logstore: &Logstore) -> Result<Self> {
-        // Read before the groups: behind what is then missing nothing is skipped.
-        let end = logstore.end_seq(asked.shard)?;
+        // Read before the groups: a group that is appended in between must not be skipped.
+        let end = cursors::end(logstore, asked.shard)?;
         let mut reader = logstore.read(asked.shard, &asked.options())?;
         let mut found = Self::nothing(0);
         while let Some(block) = reader.next_block()? {

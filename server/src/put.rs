@@ -13,12 +13,12 @@ use crate::{
 
 /// The largest body, before and after decompression, in bytes.
 pub(crate) const RAW_BYTES_MAX: usize = 10 << 20;
-/// What a compressed body may be longer than a raw one. Data that cannot be compressed grows.
+/// The bytes by which a compressed body may exceed a raw one. Data that cannot be compressed grows.
 const GROWTH_MAX: usize = RAW_BYTES_MAX / 255 + 1024;
 const KEY_DIGITS: usize = 32;
 const MEDIA_TYPE: &str = "application/x-protobuf";
 
-/// What the head of a request says about its body and its shard.
+/// The form and size of a body, and its shard, from the head of a request.
 #[derive(Debug)]
 pub(crate) struct Head {
     form: Option<Form>,
@@ -68,7 +68,7 @@ impl Head {
     /// Decompresses and checks a body.
     ///
     /// # Errors
-    /// 400 for a body that is not what the head says, or no log group.
+    /// 400 for a body that differs from its head, or is no log group.
     pub(crate) fn payload(&self, body: bytes::Bytes) -> Result<Payload> {
         let raw = match self.form {
             Some(form) => form.decompress(&body, self.raw_size)?,

@@ -19,7 +19,7 @@ use crate::memory::Memory;
 /// The name of the header with the id of a request.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-log-requestid");
 
-/// A body in pieces that share memory with what they were read from. The memory that the service
+/// A body in pieces that share memory with the blocks of the engine. The memory that the service
 /// accounts for them is free again when the last piece has been sent.
 #[derive(Debug, Default)]
 pub(crate) struct Chunks {
@@ -71,7 +71,7 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// Success, with an empty body. It has no content type: clients parse what is announced as JSON.
+    /// Success, with an empty body. It has no content type: clients parse every body of the type JSON.
     pub(crate) fn empty() -> Self {
         Self { status: StatusCode::OK, headers: HeaderMap::new(), body: Chunks::default() }
     }

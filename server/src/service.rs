@@ -49,7 +49,7 @@ struct OpenLogstores {
     forgotten: u64,
 }
 
-/// What a service is made of.
+/// The parts of a service.
 pub(crate) struct Parts {
     pub(crate) store: Store,
     pub(crate) base_host: String,

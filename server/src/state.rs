@@ -104,7 +104,7 @@ impl StateDir {
         let unfinished = path.with_extension(UNFINISHED);
         let text = serde_json::to_vec(document)
             .map_err(|error| StateError::Damaged { path: path.clone(), why: error.to_string() })?;
-        // What a crash has left has this name. It is removed and not written to: it might be a link.
+        // A crash leaves a file of this name. It is removed and not written to: it might be a link.
         remove_file(&unfinished)?;
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished);
         let mut file = file.map_err(failed("create", &unfinished))?;
@@ -182,7 +182,7 @@ mod tests {
         let state = StateDir::open(dir.path().join("state")).unwrap();
         assert_eq!(state.load::<Vec<u32>>("a").unwrap(), None);
         state.save("a", &[1]).unwrap();
-        // What a crash in the middle of a change leaves.
+        // A crash in the middle of a change leaves this.
         fs::write(dir.path().join("state/a.tmp"), "[").unwrap();
         assert_eq!(state.load::<Vec<u32>>("a").unwrap(), Some(vec![1]));
         state.save("a", &[2]).unwrap();

@@ -121,7 +121,7 @@ fn a_caller_may_do_what_its_key_allows() {
     let body = json!({ "projectName": "other" }).to_string();
     let create = Ask::new("POST", "/").json(body);
     assert_eq!(create.by("admin").refused(&world, 401), "Unauthorized");
-    // A list has only what the caller may look at.
+    // A list has only the projects of the caller.
     world.ok("POST", "/", &json!({ "projectName": "hidden" }));
     let list = Ask { host: "sls.local".to_owned(), ..Ask::new("GET", "/?offset=0&size=10") };
     assert_eq!(list.clone().send(&world).json()["total"], 2);
@@ -374,7 +374,7 @@ fn a_revoked_key_is_one_clear_refusal() {
         assert_eq!((answer.status, answer.code()), (403, "KmsKeyRevoked".to_owned()));
         assert!(answer.text().contains("enable the key"), "{}", answer.text());
     }
-    // What needs no key goes on, and so does the other Logstore.
+    // Calls that need no key go on, and so does the other Logstore.
     world.ok("GET", "/logstores/mine", &NULL);
     assert_eq!(world.put("other", "x").status, 200);
     assert_eq!(world.pull_all("other"), ["x"]);

@@ -28,7 +28,7 @@ fn is_alive() -> bool {
     exchange(WORLD.address, &Ask::new("GET", "/healthz").raw(&[])).status == 200
 }
 
-/// Sends bytes and the end of the connection: the service must not wait for more. Returns what came.
+/// Sends bytes and the end of the connection: the service must not wait for more. Returns the answer.
 fn exchange_and_end(request: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(WORLD.address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -132,7 +132,7 @@ proptest! {
         form in prop::sample::select(vec!["", "lz4", "zstd", "deflate", "x"]),
         body in body(),
     ) {
-        // Deleting what the others use is done elsewhere.
+        // A deletion would take the Logstore from the other cases.
         let is_lasting = method != "DELETE" || pieces.len() > 3;
         prop_assume!(is_lasting);
         let target = format!("/{}?{}", pieces.join("/"), parameters.join("&"));

@@ -37,7 +37,7 @@ pub enum KeysError {
     Unsafe {
         /// The file.
         path: PathBuf,
-        /// The reason, and what to do.
+        /// The reason and the remedy.
         why: String,
     },
     /// The content is not a list of access keys.
@@ -56,7 +56,7 @@ struct Document {
     keys: Vec<AccessKey>,
 }
 
-/// An access key, and what its owner may do.
+/// An access key with its permissions.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct AccessKey {
@@ -119,7 +119,7 @@ fn matches(pattern: &str, text: &str) -> bool {
     text.ends_with(tail)
 }
 
-/// What tells that a file has changed.
+/// The state of a file. It differs after every change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     file: (u64, u64),

@@ -14,7 +14,7 @@ use crate::{
     error::{ApiError, Result},
 };
 
-/// What a call needs the permission for.
+/// The permission that a call needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Right {
     /// Read logs, and manage the consumer groups that do.
@@ -38,7 +38,7 @@ impl Right {
     }
 }
 
-/// The caller, after its signature has been checked. It says what the caller may do.
+/// The caller, after its signature has been checked, with its permissions.
 #[derive(Clone, Debug)]
 pub(crate) enum Caller {
     /// The service has no access keys, and serves this machine alone.

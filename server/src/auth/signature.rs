@@ -27,7 +27,7 @@ const V4_SCOPE: &str = "sls/aliyun_v4_request";
 const SHA256_HEADER: &str = "x-log-content-sha256";
 const DATE_HEADER: &str = "x-log-date";
 const V4_DATE: &str = "%Y%m%dT%H%M%SZ";
-/// What RFC 3986 calls unreserved is not escaped.
+/// All characters but the unreserved ones of RFC 3986.
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// The signature in a request.

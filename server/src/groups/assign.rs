@@ -28,7 +28,7 @@ pub(crate) struct Assignment {
     consumers: BTreeMap<String, Duration>,
     owners: BTreeMap<u32, Owner>,
     /// Until then a shard goes only to a consumer that reports it: the service has begun anew, and
-    /// its consumers may still read what they were given before.
+    /// its consumers may still read the shards that they had before.
     recovering_until: Option<Duration>,
 }
 
@@ -85,7 +85,7 @@ impl Assignment {
     }
 
     fn take_report(&mut self, consumer: &str, held: &BTreeSet<u32>, shards: &[u32]) {
-        // A report may be one answer behind: only what was revoked is given up by it.
+        // A report may be one answer behind, so it gives up revoked shards only.
         self.owners.retain(|shard, owner| {
             owner.consumer != consumer || !owner.revoked || held.contains(shard)
         });
@@ -188,7 +188,7 @@ mod tests {
         assert_eq!(beat(&mut it, 11, "late", &[2], 3), Err(Unknown));
     }
 
-    /// A consumer as the libraries behave: it gives up what an answer leaves out some heartbeats
+    /// A consumer as the libraries behave: it gives up a shard that an answer leaves out some heartbeats
     /// later, and reports a shard until then.
     #[derive(Clone, Debug, Default)]
     struct Simulated {

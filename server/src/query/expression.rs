@@ -9,7 +9,7 @@ use crate::error::{ApiError, Result};
 const WORDS_MAX: usize = 64;
 /// The deepest nesting of a query.
 const DEPTH_MAX: usize = 32;
-/// What the real service gives a meaning that this one does not know.
+/// Characters with a meaning in the real service that this one does not know.
 const RESERVED: &[char] = &['|', ':', '*', '?', '<', '>', '=', '[', ']', '{', '}'];
 
 /// A query.
@@ -114,7 +114,7 @@ fn word_token(word: &str) -> Result<Token> {
     })
 }
 
-/// The phrase up to the closing quote, and what follows it. A backslash escapes the next character.
+/// The phrase up to the closing quote, and the rest behind it. A backslash escapes the next character.
 fn phrase(text: &str) -> Result<(String, &str)> {
     let mut phrase = String::new();
     let mut chars = text.char_indices();

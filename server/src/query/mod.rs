@@ -128,7 +128,7 @@ fn page(logstore: &Logstore, parameters: &Parameters) -> Result<Page> {
     Ok(Page { logs, progress })
 }
 
-/// A log as text. What is not UTF-8 in it is replaced.
+/// A log as text. Bytes that are not UTF-8 are replaced.
 fn log_json(group: &LogGroup, log: &Log) -> Value {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let mut fields = Map::new();

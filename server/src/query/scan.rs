@@ -21,7 +21,7 @@ const EARLY_S: u64 = 15 * 60;
 const LATE_S: u64 = 7 * 86_400;
 const MICROSECONDS: u64 = 1_000_000;
 
-/// What to find.
+/// The logs to find.
 #[derive(Debug)]
 pub(crate) struct Search {
     /// The times of the logs, in seconds since the Unix epoch.

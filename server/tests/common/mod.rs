@@ -43,7 +43,7 @@ pub(crate) struct World {
     serving: Option<JoinHandle<()>>,
 }
 
-/// `root` may do everything, `reader` and `writer` what their names say, in `app` alone.
+/// `root` may do everything. `reader`, `writer` and `admin` have one permission, in `app` alone.
 pub(crate) fn keys() -> Value {
     let key = |id: &str, projects: &[&str], allow: &[&str], roles: &[&str]| {
         json!({ "id": id, "secret": secret(id), "projects": projects, "allow": allow,
@@ -371,7 +371,7 @@ impl Answer {
     }
 }
 
-/// Sends bytes, and reads what comes until the end of the connection.
+/// Sends bytes, and reads the answer until the end of the connection.
 pub(crate) fn exchange_raw(address: SocketAddr, request: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
