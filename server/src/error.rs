@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use bytes::Bytes;
 use envelog::{Error, ErrorKind, error::ConfigError};
 use hyper::{
     StatusCode,
@@ -121,6 +120,8 @@ impl From<Error> for ApiError {
             }
             ErrorKind::Busy => Self::busy(error.to_string()),
             ErrorKind::Invalid => Self::parameter(error.to_string()),
+            // The Logstore is being deleted, or the service stops. The next call finds out.
+            ErrorKind::Closed => Self::busy("the Logstore is being closed"),
             ErrorKind::NoRoom => {
                 tracing::error!(%error, "the store has no room");
                 Self::busy("the store has no room left; its operator has to make some")
@@ -168,15 +169,11 @@ impl From<crate::state::StateError> for ApiError {
     }
 }
 
-impl From<&ApiError> for Bytes {
-    fn from(error: &ApiError) -> Self {
-        error.message.clone().into()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+
+    use std::sync::Arc;
 
     use super::*;
 
@@ -195,9 +192,10 @@ mod tests {
 
     #[test]
     fn a_failure_tells_the_client_nothing_about_the_disk() {
-        let source = std::sync::Arc::new(std::io::Error::other("secret/path"));
-        let error = Error::Closed("x");
-        assert_eq!(ApiError::from(error).status, StatusCode::INTERNAL_SERVER_ERROR);
-        assert!(!ApiError::internal().message.contains(&source.to_string()));
+        let source = Arc::new(std::io::Error::other("the reason"));
+        let error = Error::Io { op: "read", path: "some/path".into(), source };
+        let refusal = ApiError::from(error);
+        assert_eq!(refusal.status, StatusCode::INTERNAL_SERVER_ERROR);
+        assert!(!refusal.message.contains("path") && !refusal.message.contains("the reason"));
     }
 }

@@ -173,7 +173,7 @@ pub(crate) fn write_keys(path: &std::path::Path, keys: &Value) {
     fs::rename(&new, path).unwrap();
 }
 
-fn start(
+pub(crate) fn start(
     builder: ServerBuilder,
     store: Store,
 ) -> (SocketAddr, oneshot::Sender<()>, JoinHandle<()>) {
