@@ -29,8 +29,8 @@ use crate::{
 const BODY_TIME_MAX: Duration = Duration::from_secs(120);
 /// How long a client may go without sending a part of its body.
 const BODY_STALL_MAX: Duration = Duration::from_secs(20);
-/// The bytes of a refused request's body that are read, so that its client sees the refusal and not a
-/// broken connection.
+/// The bytes of a refused request's body that are read, so that its client sees the refusal and not
+/// a broken connection.
 const DRAIN_BYTES_MAX: usize = 16 << 20;
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(5);
 

@@ -1,7 +1,7 @@
 //! A log service on [envelog](envelog), for the SDKs of Alibaba Cloud Simple Log Service (SLS).
 //!
-//! An application that logs to SLS can be pointed at this service without a change, and its logs are
-//! encrypted at rest under the service key, or under a customer's master key. `docs/service.md`
+//! An application that logs to SLS can be pointed at this service without a change, and its logs
+//! are encrypted at rest under the service key, or under a customer's master key. `docs/service.md`
 //! has the calls that the service answers, and how it differs from the real one.
 //!
 //! ```no_run

@@ -1,5 +1,5 @@
-//! The projects, and the fields of their Logstores that the engine does not have. The engine has only
-//! names `PROJECT/LOGSTORE`; each project is a document of the service.
+//! The projects, and the fields of their Logstores that the engine does not have. The engine has
+//! only names `PROJECT/LOGSTORE`; each project is a document of the service.
 
 use std::{
     collections::BTreeMap,

@@ -109,7 +109,8 @@ impl Found {
             found.raw_size += block.list.len();
             found.body.push(block.list);
         }
-        // Without a group, the numbers up to the end were never used, or retention has dropped them.
+        // Without a group, the numbers up to the end were never used, or retention has dropped
+        // them.
         let end = asked.end.unwrap_or(end).min(end);
         found.next = if found.groups > 0 { reader.next_seq() } else { asked.cursor.max(end) };
         Ok(found)

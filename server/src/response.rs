@@ -71,7 +71,8 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// Success, with an empty body. It has no content type: clients parse every body of the type JSON.
+    /// Success, with an empty body. It has no content type: clients parse every body of the type
+    /// JSON.
     pub(crate) fn empty() -> Self {
         Self { status: StatusCode::OK, headers: HeaderMap::new(), body: Chunks::default() }
     }

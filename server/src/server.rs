@@ -134,7 +134,8 @@ impl ServerBuilder {
         self
     }
 
-    /// The host name of the service. Clients put the project in front of it. `sls.local` by default.
+    /// The host name of the service. Clients put the project in front of it. `sls.local` by
+    /// default.
     #[must_use]
     pub fn base_host(mut self, name: impl Into<String>) -> Self {
         self.base_host = name.into();

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// The threads that the calls to one Logstore may block at once. A KMS that hangs blocks those of
-/// its Logstores, and leaves the others to everybody else.
+/// its Logstores, and leaves the others to all other callers.
 const THREADS_PER_LOGSTORE: usize = 16;
 
 /// The service.
@@ -145,7 +145,8 @@ impl Service {
         run(move || Ok(service.remember(service.store.logstore(&name)?, forgotten))).await
     }
 
-    /// Remembers a Logstore, unless one has been deleted since `forgotten` was read: it may be this.
+    /// Remembers a Logstore, unless one has been deleted since `forgotten` was read: it may be
+    /// this.
     fn remember(&self, logstore: Logstore, forgotten: u64) -> Open {
         let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
         if open.forgotten != forgotten {

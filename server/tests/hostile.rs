@@ -28,7 +28,8 @@ fn is_alive() -> bool {
     exchange(WORLD.address, &Ask::new("GET", "/healthz").raw(&[])).status == 200
 }
 
-/// Sends bytes and the end of the connection: the service must not wait for more. Returns the answer.
+/// Sends bytes and the end of the connection: the service must not wait for more. Returns the
+/// answer.
 fn exchange_and_end(request: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(WORLD.address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();

@@ -42,7 +42,7 @@ impl Right {
 #[derive(Clone, Debug)]
 pub(crate) enum Caller {
     /// The service has no access keys, and serves this machine alone.
-    Anyone,
+    Local,
     Key(std::sync::Arc<keys::AccessKey>),
 }
 
@@ -60,7 +60,7 @@ impl Caller {
 
     pub(crate) fn may(&self, right: Right, project: &str) -> bool {
         match self {
-            Self::Anyone => true,
+            Self::Local => true,
             Self::Key(key) => key.may(right, project),
         }
     }
@@ -91,7 +91,7 @@ pub(crate) fn authenticate(
     // another origin.
     let signed = Signed::of(call)?;
     let digest = signed.body_digest(call)?;
-    let Some(keys) = keys else { return Ok((Caller::Anyone, digest)) };
+    let Some(keys) = keys else { return Ok((Caller::Local, digest)) };
     if call.header("x-acs-security-token").is_some() {
         let message = "this service knows no temporary access keys: leave out the security token";
         return Err(ApiError::unauthorized("Unauthorized", message));

@@ -1,5 +1,5 @@
-//! The two signatures that clients of the service send, over the head of a request. The head has the
-//! digest of the body in it, so a signature is checked before any of the body is read.
+//! The two signatures that clients of the service send, over the head of a request. The head has
+//! the digest of the body in it, so a signature is checked before any of the body is read.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

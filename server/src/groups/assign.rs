@@ -1,8 +1,8 @@
 //! Which consumer of a group reads which shard.
 //!
 //! Consumers learn of their shards by heartbeats, and report in them the shards that they have not
-//! given up yet. A shard is moved in two steps: its owner's answer leaves it out, and the next owner
-//! gets it when the owner's report does, so that two consumers never read it at once.
+//! given up yet. A shard is moved in two steps: its owner's answer leaves it out, and the next
+//! owner gets it when the owner's report does, so that two consumers never read it at once.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -77,7 +77,8 @@ impl Assignment {
         Ok(self.owners.iter().filter(|(_, owner)| is_assigned(owner)).map(|(id, _)| *id).collect())
     }
 
-    /// Forgets the consumers that have been silent for longer than the timeout. Their shards are free.
+    /// Forgets the consumers that have been silent for longer than the timeout. Their shards are
+    /// free.
     pub(crate) fn expire(&mut self, now: Duration, timeout: Duration) {
         self.consumers.retain(|_, last| now.saturating_sub(*last) <= timeout);
         let consumers = &self.consumers;
@@ -188,8 +189,8 @@ mod tests {
         assert_eq!(beat(&mut it, 11, "late", &[2], 3), Err(Unknown));
     }
 
-    /// A consumer as the libraries behave: it gives up a shard that an answer leaves out some heartbeats
-    /// later, and reports a shard until then.
+    /// A consumer as the libraries behave: it gives up a shard that an answer leaves out some
+    /// heartbeats later, and reports a shard until then.
     #[derive(Clone, Debug, Default)]
     struct Simulated {
         reads: BTreeSet<u32>,

@@ -114,7 +114,8 @@ fn word_token(word: &str) -> Result<Token> {
     })
 }
 
-/// The phrase up to the closing quote, and the rest behind it. A backslash escapes the next character.
+/// The phrase up to the closing quote, and the rest behind it. A backslash escapes the next
+/// character.
 fn phrase(text: &str) -> Result<(String, &str)> {
     let mut phrase = String::new();
     let mut chars = text.char_indices();

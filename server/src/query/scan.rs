@@ -1,4 +1,5 @@
-//! Scans logs: there is no index. Logs are found by their own time within a window of receive times.
+//! Scans logs: there is no index. Logs are found by their own time within a window of receive
+//! times.
 
 use std::{
     collections::BTreeSet,
