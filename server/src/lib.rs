@@ -1,4 +1,4 @@
-//! A log service on [envelog](envelog), for the SDKs of Alibaba Cloud Simple Log Service (SLS).
+//! A log service on [envelog], for the SDKs of Alibaba Cloud Simple Log Service (SLS).
 //!
 //! An application that logs to SLS can be pointed at this service without a change, and its logs
 //! are encrypted at rest under the service key, or under a customer's master key. `docs/service.md`
