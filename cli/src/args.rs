@@ -233,6 +233,16 @@ Examples:
   envelog --store /srv/envelog/data restore /mnt/backup/data
   envelog restore /mnt/backup/data --until 2026-01-31T12:00:00Z")]
     Restore(RestoreArgs),
+    /// Serve the store to the SDKs of Alibaba Cloud SLS
+    #[cfg(feature = "serve")]
+    #[command(after_help = "\
+Creates the store and its keyring if they do not exist. Without --access-keys, it listens on loopback addresses only, and
+every program on the machine may do everything. docs/service.md describes the file of access keys and the API.
+
+Examples:
+  envelog serve --listen 127.0.0.1:8099
+  envelog serve --listen 0.0.0.0:443 --access-keys keys.json --base-host logs.example.org --tls-cert chain.pem --tls-key key.pem")]
+    Serve(ServeArgs),
     /// Rotate, re-wrap, replace, shred, back up and recover keys
     #[command(
         subcommand,
@@ -286,6 +296,16 @@ Example:
     },
 }
 
+impl Command {
+    /// Whether the command serves others until it is stopped.
+    pub(crate) fn is_service(&self) -> bool {
+        #[cfg(feature = "serve")]
+        return matches!(self, Self::Serve(_));
+        #[cfg(not(feature = "serve"))]
+        false
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
     /// Files of logs [default: a text built into the program]
@@ -295,6 +315,33 @@ pub(crate) struct DemoArgs {
     /// directory]
     #[arg(long, value_hint = ValueHint::DirPath)]
     pub(crate) dir: Option<PathBuf>,
+}
+
+#[cfg(feature = "serve")]
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The address and the port to listen on; port 0 is any free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8099")]
+    pub(crate) listen: std::net::SocketAddr,
+    /// The access keys: a JSON file with mode 0600, which is read again when it changes
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) access_keys: Option<PathBuf>,
+    /// The host name of the service; clients put the project in front of it
+    #[arg(long, value_name = "HOST", default_value = "sls.local")]
+    pub(crate) base_host: String,
+    /// The region that projects report
+    #[arg(long, value_name = "REGION", default_value = "local")]
+    pub(crate) region: String,
+    /// The certificate chain for HTTPS, in PEM; read again when it changes
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "tls_key")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// The private key of the certificate, in PEM
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Allow plain HTTP on addresses other than loopback, where something in front of the service
+    /// encrypts
+    #[arg(long)]
+    pub(crate) plain_http: bool,
 }
 
 #[derive(Debug, Args)]
@@ -838,6 +885,9 @@ mod tests {
             defined.filter(|name| name.starts_with("answer.")).cloned().collect();
         let mut commands = BTreeSet::new();
         leaves(&Cli::command(), "answer", &mut commands);
+        if cfg!(not(feature = "serve")) {
+            commands.insert("answer.serve".to_owned());
+        }
         assert_eq!(defined, commands);
     }
 }

@@ -13,6 +13,8 @@ mod logstore;
 mod man;
 mod read;
 mod retain;
+#[cfg(feature = "serve")]
+mod serve;
 mod settings;
 mod status;
 mod verify;
@@ -47,6 +49,8 @@ pub(crate) fn run(given: Given) -> Result {
         Command::Retain(args) => retain::run(&setup, &args),
         Command::Backup(args) => backup::backup(&setup, &args),
         Command::Restore(args) => backup::restore(&setup, &args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(&setup, &args),
         Command::Keys(command) => keys::run(&setup, command),
         Command::Kms(command) => kms::run(&setup, command),
         Command::Bench(args) => bench::run(&setup, &args),

@@ -49,7 +49,8 @@ fn main() -> ExitCode {
     let json = global.json.unwrap_or(false);
     output::set_json(json);
     report_panics(json);
-    show_events(global.verbose, global.log.clone());
+    let service = given.cli.command.is_service();
+    show_events(global.verbose, global.log.clone(), service);
     match catch_unwind(AssertUnwindSafe(|| commands::run(given))) {
         Ok(Ok(())) => Status::Done.into(),
         // The panic hook has printed the message.
@@ -61,9 +62,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// Logs engine events to standard error, if the options ask for it.
-fn show_events(verbose: u8, filter: Option<Targets>) {
+/// Logs engine events to standard error, if the options ask for it. A service always logs faults:
+/// its clients are told only that there is one.
+fn show_events(verbose: u8, filter: Option<Targets>, service: bool) {
     let level = match verbose {
+        0 if service => LevelFilter::WARN,
         0 => LevelFilter::OFF,
         1 => LevelFilter::INFO,
         2 => LevelFilter::DEBUG,

@@ -66,7 +66,8 @@ fn every_command_has_its_help() {
     let world = World::new();
     let keys = KEYS.map(|command| vec!["keys", command]);
     let kms = KMS.map(|command| vec!["kms", command]);
-    let all = COMMANDS.iter().map(|command| command.to_vec()).chain(keys).chain(kms);
+    let serve = cfg!(feature = "serve").then(|| vec!["serve"]);
+    let all = COMMANDS.iter().map(|command| command.to_vec()).chain(keys).chain(kms).chain(serve);
     let overview = String::from_utf8(world.ok(&["--help"])).unwrap();
     for word in [
         "Examples:",

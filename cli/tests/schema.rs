@@ -140,6 +140,8 @@ fn every_answer_and_every_error_is_valid() {
     let lines = checked.world.file("lines", made_lines(200));
     checked.run("bench", &[&lines, "--dir", ".", "--seconds", "0.05"]);
     checked.run("settings", &[]);
+    #[cfg(feature = "serve")]
+    serve(&checked);
 
     let seen: BTreeSet<String> = checked.validators.into_inner().into_keys().collect();
     let commands = commands(&checked.world, &[]);
@@ -152,6 +154,21 @@ fn every_answer_and_every_error_is_valid() {
     let answers: BTreeSet<String> =
         seen.iter().filter(|name| name.starts_with(ANSWER)).cloned().collect();
     assert_eq!(answers, all, "the commands that this test ran, and those that --help lists");
+}
+
+/// `serve` prints one document, and ends by a signal.
+#[cfg(feature = "serve")]
+fn serve(checked: &Checked) {
+    let args = ["serve", "--listen", "127.0.0.1:0", "--store", "served", "--json"];
+    let mut service = Running::start(checked.world.command(&args));
+    let lines = service.lines();
+    let mut text = String::new();
+    while serde_json::from_str::<Value>(&text).is_err() {
+        text.push_str(&lines.recv().unwrap());
+    }
+    checked.valid(&definition("serve"), &serde_json::from_str(&text).unwrap());
+    service.terminate();
+    service.wait().assert(0);
 }
 
 /// The commands of the embedded KMS. Returns a key.

@@ -236,11 +236,20 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start(command: Command) -> Self {
-        Self::start_reading(command, Stdio::piped())
+        Self::start_for(PATIENCE, command)
+    }
+
+    /// Starts a process that may live this long.
+    pub(crate) fn start_for(patience: Duration, command: Command) -> Self {
+        Self::start_with(patience, command, Stdio::piped())
     }
 
     /// Starts a process with this standard input.
-    pub(crate) fn start_reading(mut command: Command, stdin: Stdio) -> Self {
+    pub(crate) fn start_reading(command: Command, stdin: Stdio) -> Self {
+        Self::start_with(PATIENCE, command, stdin)
+    }
+
+    fn start_with(patience: Duration, mut command: Command, stdin: Stdio) -> Self {
         let what = format!("{:?}", command.get_args().collect::<Vec<_>>());
         command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
@@ -253,7 +262,7 @@ impl Running {
         let (watched, ended) = channel();
         let pid = Pid::from_child(&child);
         thread::spawn(move || {
-            if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            if ended.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
                 let _ = kill_process(pid, Signal::KILL);
             }
         });

@@ -1,0 +1,105 @@
+//! Who may do what: access keys, signatures and permissions.
+
+mod keys;
+mod signature;
+
+pub(crate) use keys::AccessKeys;
+pub use keys::KeysError;
+pub(crate) use signature::{BodyDigest, Signed};
+
+use std::time::SystemTime;
+
+use crate::{
+    call::Call,
+    error::{ApiError, Result},
+};
+
+/// The permission that a call needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Right {
+    /// Read logs, and manage the consumer groups that do.
+    Read,
+    /// Write logs.
+    Write,
+    /// Create, change and delete projects and Logstores.
+    Admin,
+    /// Look at projects and Logstores: any of the others includes it.
+    Look,
+}
+
+impl Right {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Admin => "admin",
+            Self::Look => "any",
+        }
+    }
+}
+
+/// The caller, after its signature has been checked, with its permissions.
+#[derive(Clone, Debug)]
+pub(crate) enum Caller {
+    /// The service has no access keys, and serves this machine alone.
+    Local,
+    Key(std::sync::Arc<keys::AccessKey>),
+}
+
+impl Caller {
+    /// # Errors
+    /// 401 if the caller's key does not have the right in the project.
+    pub(crate) fn require(&self, right: Right, project: &str) -> Result<()> {
+        if self.may(right, project) {
+            return Ok(());
+        }
+        let message =
+            format!("the access key has no permission ({}) in the project {project}", right.name());
+        Err(ApiError::unauthorized("Unauthorized", message))
+    }
+
+    pub(crate) fn may(&self, right: Right, project: &str) -> bool {
+        match self {
+            Self::Local => true,
+            Self::Key(key) => key.may(right, project),
+        }
+    }
+
+    /// # Errors
+    /// 401 if the caller may not let the service use this role.
+    pub(crate) fn require_role(&self, arn: &str) -> Result<()> {
+        match self {
+            Self::Key(key) if !key.may_pass(arn) => {
+                let message = format!("the access key may not pass the role {arn} (pass_roles)");
+                Err(ApiError::unauthorized("Unauthorized", message))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Checks the signature of a call. Returns the caller, and the digest that the body must have.
+///
+/// # Errors
+/// 400 or 401, with the code of the service for each reason.
+pub(crate) fn authenticate(
+    call: &Call,
+    keys: Option<&AccessKeys>,
+    now: SystemTime,
+) -> Result<(Caller, BodyDigest)> {
+    // Also without keys a request needs an Authorization header: a web page cannot send one to
+    // another origin.
+    let signed = Signed::of(call)?;
+    let digest = signed.body_digest(call)?;
+    let Some(keys) = keys else { return Ok((Caller::Local, digest)) };
+    if call.header("x-acs-security-token").is_some() {
+        let message = "this service knows no temporary access keys: leave out the security token";
+        return Err(ApiError::unauthorized("Unauthorized", message));
+    }
+    let key = keys.find(&signed.key_id).ok_or_else(|| {
+        ApiError::unauthorized("InvalidAccessKeyId", "the access key id does not exist")
+    })?;
+    signed.verify(call, key.secret())?;
+    signed.check_time(now)?;
+    Ok((Caller::Key(key), digest))
+}
