@@ -805,14 +805,37 @@ mod tests {
         let fixture = Fixture::new();
         let other = fixture.path("other");
         std::fs::write(&other, [7; 100]).unwrap();
-        std::fs::hard_link(&other, fixture.path(BLOCKS)).unwrap();
+        std::fs::create_dir(fixture.path(BLOCKS)).unwrap();
         std::os::unix::fs::symlink(&other, fixture.path(SPARES[0])).unwrap();
         fixture.reserve.tend(&fixture.path("catalogue"));
         let _borrowed = fixture.reserve.borrow();
         fixture.create("ballast").unwrap().set_len(fixture.small.left().0).unwrap();
         assert!(is_refused(fixture.create("a").unwrap().write_at(&[1], 0)));
         assert_eq!(std::fs::read(&other).unwrap(), [7; 100]);
-        assert!(fixture.path(SPARES[0]).is_symlink());
+        assert!(fixture.path(SPARES[0]).is_symlink() && fixture.path(BLOCKS).is_dir());
         assert!(fixture.reserve.status(None).is_short());
+    }
+
+    /// A snapshot by hard links (`cp -al`) has the files too.
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "the traits make no links")]
+    fn files_with_a_second_name_are_replaced() {
+        let fixture = Fixture::new();
+        fixture.reserve.tend(&fixture.path("catalogue"));
+        let names = SPARES.iter().chain([&BLOCKS]);
+        for name in names.clone() {
+            let kept = fixture.path(&format!("kept-{name}"));
+            std::fs::hard_link(fixture.path(name), kept).unwrap();
+        }
+        assert!(fixture.reserve.status(Some(&fixture.path("catalogue"))).is_short());
+        fixture.reserve.tend(&fixture.path("catalogue"));
+        assert!(!fixture.reserve.status(Some(&fixture.path("catalogue"))).is_short());
+        for name in names {
+            assert!(fixture.path(&format!("kept-{name}")).exists());
+            let links = std::os::unix::fs::MetadataExt::nlink(
+                &std::fs::metadata(fixture.path(name)).unwrap(),
+            );
+            assert_eq!(links, 1, "{name}");
+        }
     }
 }
