@@ -165,7 +165,10 @@ fn picture(dir: &Path) -> BTreeMap<PathBuf, (u32, u64, u32, u32, Vec<u8>)> {
 }
 
 fn mode(path: impl AsRef<Path>) -> u32 {
-    fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
+    let path = path.as_ref();
+    let found = fs::symlink_metadata(path);
+    let found = found.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    found.permissions().mode() & 0o7777
 }
 
 fn chmod(path: impl AsRef<Path>, mode: u32) {
