@@ -702,6 +702,36 @@ fn sealed_segment(dir: &Path) -> PathBuf {
     all.windows(2).find(|two| two[0].parent() == two[1].parent()).unwrap()[0].clone()
 }
 
+/// A restore gives the segments up that lie between its time and the current data key.
+#[test]
+fn a_loss_that_the_backup_does_not_have_ends_it() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    append(&logstore, 0, "early");
+    let until_us = all(&logstore, 0)[0].1;
+    for text in ["later", "last"] {
+        world.clock.advance(millis(10));
+        store.keys().rotate_data_key(&name("p/l")).unwrap();
+        append(&logstore, 0, text);
+    }
+    let (dir, cut) = (world.path().join("backup"), world.path().join("cut"));
+    let other = world.path().join("other");
+    back_up(&world, &dir, &BackupOptions::default().copy(true));
+    store.close().unwrap();
+    restore(&world, &dir, &cut, &RestoreOptions::default().until_us(until_us));
+    assert_does_not_continue(&world, &cut, &dir);
+    let store = world.builder_at(&cut).open().unwrap();
+    for text in ["one", "two"] {
+        append(&store.logstore(&name("p/l")).unwrap(), 0, text);
+        store.admin().backup(&other, &BackupOptions::default(), &mut |_| {}).unwrap();
+        let copy = world.builder_at(&other).open_read_only().unwrap();
+        assert_eq!(contents(&copy), contents(&store));
+        assert_sound(&copy, Some(checkpoint_in(&other)));
+    }
+    assert_does_not_continue(&world, &cut, &dir);
+}
+
 /// Fails operations of a backup one at a time. The former backup, or the new one, is in the
 /// directory, and the next run completes it.
 #[test]

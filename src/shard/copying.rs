@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{
     Shard,
     listing::SegmentRef,
-    record::Head,
+    record::{Head, ShardRecord},
     scanning::{Scanned, front_until},
     segments::{End, Opened, Proof, SegmentList, read_footer},
 };
@@ -66,16 +66,20 @@ impl Shard {
         }
     }
 
-    /// Whether the shard has everything up to the head of an earlier copy. Retention may have dropped
-    /// it, or an operator may have accepted its loss. Damage is no answer, so the shard then counts as
-    /// one that has it.
+    /// Whether the shard has everything up to the head of an earlier copy, which has the record
+    /// `former`. Retention may have dropped it. Damage is no answer, so the shard then counts as one
+    /// that has it.
     ///
     /// # Errors
     /// [`Error::Io`] and others that are no damage.
-    pub(crate) fn continues(&self, head: &Head) -> Result<bool> {
-        let list = self.list();
-        if head.ordinal < list.record().first_ordinal || list.is_lost(head.ordinal) {
+    pub(crate) fn continues(&self, former: &ShardRecord) -> Result<bool> {
+        let (list, record) = (self.list(), self.record());
+        let Some(head) = former.head.as_ref().filter(|head| head.ordinal >= record.first_ordinal)
+        else {
             return Ok(true);
+        };
+        if let Some(loss) = record.loss(head.ordinal) {
+            return Ok(former.losses.contains(loss));
         }
         let Some(name) = list.find(head.ordinal)? else { return Ok(false) };
         match has_reached(list, &name, head) {

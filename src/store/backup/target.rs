@@ -109,9 +109,7 @@ impl Target {
             let known = former.catalogue.logstores.get(name).filter(|known| known.id == entry.id);
             let records = known.into_iter().flat_map(|known| &known.shards);
             for ((shard, _), record) in shards.iter().zip(records) {
-                if let Some(head) = &record.head
-                    && !shard.continues(head)?
-                {
+                if !shard.continues(record)? {
                     let (shard, dir) = (shard.id(), self.dir.display());
                     let what = format!(
                         "shard {shard} of Logstore {name} does not continue the backup in {dir}, which has other logs than the store: back up to another directory"
