@@ -6,7 +6,7 @@ mod common;
 
 use std::{
     fs,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -312,6 +312,7 @@ fn a_restore_ends_at_a_time() {
             assert_eq!(read[until].2, "more");
         }
         assert_eq!(report.shards_cut, cut);
+        assert_eq!(report.faults, []);
         assert_sound(&store, None);
         store.close().unwrap();
         let store = world.builder_at(&to).open_read_only().unwrap();
@@ -385,12 +386,15 @@ fn a_directory_that_is_no_backup_of_the_store_is_refused() {
     fs::write(strange.join("file"), "").unwrap();
     let used = world.path().join("used");
     back_up(&world, &used, &BackupOptions::default());
+    let restored = world.path().join("restored");
+    restore(&world, &used, &restored, &RestoreOptions::default());
     world.builder_at(&used).open().unwrap().close().unwrap();
     for dir in [
         world.store_dir(),
         world.store_dir().join("in"),
         world.path().to_owned(),
         strange,
+        restored,
         used,
         other.store_dir(),
     ] {
@@ -412,6 +416,127 @@ fn a_directory_that_is_no_backup_of_the_store_is_refused() {
     let older = world.builder_at(&old).open_read_only().unwrap();
     let error = older.admin().backup(&dir, &BackupOptions::default(), &mut |_| {}).unwrap_err();
     assert!(matches!(error, Error::RolledBack { .. }), "{error}");
+}
+
+#[test]
+fn a_backup_that_has_lost_its_record_takes_the_next_run() {
+    let mut world = World::manual();
+    let store = scene(&mut world);
+    let dir = world.path().join("backup");
+    back_up(&world, &dir, &BackupOptions::default());
+    fs::remove_file(dir.join("BACKUP")).unwrap();
+    fill(&world, &store, 20..24);
+    let report = back_up(&world, &dir, &BackupOptions::default());
+    assert!(report.segments_copied < report.segments);
+    assert!(dir.join("BACKUP").exists());
+    let copy = world.builder_at(&dir).open_read_only().unwrap();
+    assert_eq!(contents(&copy), contents(&store));
+}
+
+/// Requires that the store in `from` is refused by the backup in `dir`, which stays as it is.
+fn assert_does_not_continue(world: &World, from: &Path, dir: &Path) {
+    let before = files(dir);
+    let reader = world.builder_at(from).open_read_only().unwrap();
+    let options = BackupOptions::default().copy(true).prune(true);
+    let error = reader.admin().backup(dir, &options, &mut |_| {}).unwrap_err();
+    assert!(matches!(error, Error::RolledBack { .. }), "{error}");
+    assert!(error.to_string().contains("does not continue the backup"), "{error}");
+    assert!(files(dir) == before, "the backup has changed");
+    let other = world.path().join("other backup");
+    assert_eq!(reader.admin().backup(&other, &options, &mut |_| {}).unwrap().faults, []);
+    fs::remove_dir_all(other).unwrap();
+}
+
+#[test]
+fn a_store_that_does_not_continue_the_backup_is_refused() {
+    let mut world = World::manual();
+    let store = scene(&mut world);
+    let (copied, closed) = (world.path().join("copied"), world.path().join("closed"));
+    // From before two records that the same segments have.
+    copy_dir(&world.store_dir(), &copied);
+    fill(&world, &store, 20..22);
+    store.close().unwrap();
+    copy_dir(&world.store_dir(), &closed);
+    let store = world.open();
+    fill(&world, &store, 22..30);
+    let dir = world.path().join("backup");
+    back_up(&world, &dir, &BackupOptions::default().copy(true));
+    // Each goes on by itself, and records more changes than the store had.
+    for fork in [copied, closed] {
+        let store = world.builder_at(&fork).open().unwrap();
+        fill(&world, &store, 100..160);
+        store.close().unwrap();
+        assert_does_not_continue(&world, &fork, &dir);
+    }
+    let copy = world.builder_at(&dir).open_read_only().unwrap();
+    assert_eq!(contents(&copy), contents(&store));
+    assert_sound(&copy, Some(checkpoint_in(&dir)));
+}
+
+/// Recovery rewrites the blocks that the backup has above the durable mark.
+#[test]
+fn a_store_that_was_killed_continues_the_backup() {
+    let mut world = World::manual();
+    let store = scene(&mut world);
+    let (killed, dir) = (world.path().join("killed"), world.path().join("backup"));
+    let options = BackupOptions::default().copy(true);
+    back_up(&world, &dir, &options);
+    copy_dir(&world.store_dir(), &killed);
+    drop(store);
+    for number in [100, 110] {
+        let store = world.builder_at(&killed).open().unwrap();
+        fill(&world, &store, number..number + 3);
+        let all = contents(&store);
+        for _ in 0..2 {
+            let report = store.admin().backup(&dir, &options, &mut |_| {}).unwrap();
+            assert_eq!(report.faults, []);
+            let copy = world.builder_at(&dir).open_read_only().unwrap();
+            assert_eq!(contents(&copy), all);
+            assert_sound(&copy, Some(checkpoint_in(&dir)));
+        }
+        // The process ends without closing it.
+        let next = world.path().join("next");
+        copy_dir(&killed, &next);
+        drop(store);
+        copy_dir(&next, &killed);
+    }
+}
+
+#[test]
+fn a_restored_store_continues_the_backup_unless_it_was_cut() {
+    let mut world = World::manual();
+    let store = scene(&mut world);
+    let dir = world.path().join("backup");
+    let options = BackupOptions::default().copy(true);
+    back_up(&world, &dir, &options);
+    let whole = contents(&store);
+    store.close().unwrap();
+    let times = || whole.iter().flat_map(|(_, _, records)| records.iter().map(|one| one.1));
+    let last = times().max().unwrap();
+    for until_us in [times().min().unwrap(), last - 1] {
+        let cut = world.path().join("cut");
+        restore(&world, &dir, &cut, &RestoreOptions::default().until_us(until_us));
+        assert_does_not_continue(&world, &cut, &dir);
+        let store = world.builder_at(&cut).open().unwrap();
+        fill(&world, &store, 20..40);
+        store.close().unwrap();
+        assert_does_not_continue(&world, &cut, &dir);
+        fs::remove_dir_all(cut).unwrap();
+    }
+    let to = world.path().join("restored");
+    restore(&world, &dir, &to, &RestoreOptions::default());
+    for number in [20, 30] {
+        let store = world.builder_at(&to).open().unwrap();
+        let report = store.admin().backup(&dir, &options, &mut |_| {}).unwrap();
+        assert_eq!(report.faults, []);
+        fill(&world, &store, number..number + 6);
+        let report = store.admin().backup(&dir, &options, &mut |_| {}).unwrap();
+        assert_eq!(report.faults, []);
+        let copy = world.builder_at(&dir).open_read_only().unwrap();
+        assert_eq!(contents(&copy), contents(&store));
+        assert_sound(&copy, Some(checkpoint_in(&dir)));
+        store.close().unwrap();
+    }
 }
 
 #[test]
@@ -457,6 +582,154 @@ fn damage_in_the_store_does_not_reach_a_backup_that_is_older() {
     let copy = world.builder_at(&dir).open_read_only().unwrap();
     assert_eq!(contents(&copy), whole);
     assert_sound(&copy, Some(checkpoint_in(&dir)));
+}
+
+#[test]
+fn damage_of_a_segment_that_an_earlier_run_copied_is_reported() {
+    for damage in Damage::ALL.into_iter().filter(|damage| *damage != Damage::Body) {
+        for options in [BackupOptions::default(), BackupOptions::default().copy(true)] {
+            let mut world = World::manual();
+            let store = scene(&mut world);
+            store.close().unwrap();
+            let dir = world.path().join("backup");
+            back_up(&world, &dir, &options);
+            let victim = sealed_segment(&world.store_dir());
+            let kept = dir.join(victim.strip_prefix(world.store_dir()).unwrap());
+            let before = fs::read(&kept).unwrap();
+            damage.apply(&victim);
+            let was_shared = fs::read(&kept).unwrap() != before;
+            assert!(!was_shared || !options.copy);
+            let report = back_up(&world, &dir, &options);
+            assert!(!report.faults.is_empty(), "{damage:?} {options:?}");
+            let faults = report.faults.iter();
+            let files = faults.filter_map(|fault| fault.file.as_deref());
+            assert!(files.clone().any(|file| file == victim), "{damage:?}: {:?}", report.faults);
+            let copy = world.builder_at(&dir).open_read_only().unwrap();
+            let report = copy.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+            assert_eq!(report.is_clean(), !was_shared, "{damage:?}: {:?}", report.faults);
+        }
+    }
+}
+
+#[test]
+fn a_damaged_segment_of_the_backup_is_copied_again() {
+    let mut world = World::manual();
+    let store = scene(&mut world);
+    store.close().unwrap();
+    let dir = world.path().join("backup");
+    let options = BackupOptions::default().copy(true);
+    back_up(&world, &dir, &options);
+    let whole = contents(&world.builder_at(&dir).open_read_only().unwrap());
+    for damage in Damage::ALL.into_iter().filter(|damage| *damage != Damage::Body) {
+        damage.apply(&sealed_segment(&dir));
+        let report = back_up(&world, &dir, &options);
+        assert_eq!((report.segments_copied, report.faults.len()), (1, 0), "{damage:?}");
+        let copy = world.builder_at(&dir).open_read_only().unwrap();
+        assert_eq!(contents(&copy), whole);
+        assert_sound(&copy, Some(checkpoint_in(&dir)));
+    }
+}
+
+/// A restore verifies everything, with the keys or without them.
+#[test]
+fn a_restore_reports_the_damage_of_the_backup() {
+    let mut world = World::manual();
+    let store = scene(&mut world);
+    let whole = contents(&store);
+    let byok = store.logstore(&name("p/byok")).unwrap().id().to_string();
+    store.close().unwrap();
+    let dir = world.path().join("backup");
+    let to = world.path().join("restored");
+    for damage in Damage::ALL {
+        back_up(&world, &dir, &BackupOptions::default().copy(true));
+        damage.apply(&sealed_segment(&dir.join("logstores").join(&byok)));
+        for answer in [Answer::Real, Answer::Revoked(RevokedReason::Disabled)] {
+            let is_refused = answer != Answer::Real;
+            world.kms.answer(answer);
+            let report = restore(&world, &dir, &to, &RestoreOptions::default());
+            world.kms.answer(Answer::Real);
+            assert!(!report.faults.is_empty(), "{damage:?}");
+            assert_eq!(report.without_keys, vec![name("p/byok"); is_refused.into()]);
+            for fault in &report.faults {
+                assert_eq!(fault.logstore, Some(name("p/byok")), "{fault:?}");
+                assert!(fault.file.as_ref().is_none_or(|file| file.starts_with(&to)), "{fault:?}");
+            }
+            let store = world.builder_at(&to).open_read_only().unwrap();
+            for (text, shard, records) in whole.iter().filter(|one| one.0 != "p/byok") {
+                assert_eq!(all(&store.logstore(&name(text)).unwrap(), *shard), *records);
+            }
+            drop(store);
+            fs::remove_dir_all(&to).unwrap();
+        }
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}
+
+/// How a file is damaged in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Damage {
+    Emptied,
+    Cut,
+    Head,
+    Body,
+    Footer,
+}
+
+impl Damage {
+    const ALL: [Self; 5] = [Self::Emptied, Self::Cut, Self::Head, Self::Body, Self::Footer];
+
+    fn apply(self, path: &Path) {
+        let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+        let len = file.metadata().unwrap().len();
+        let flip = |at: u64| {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+        };
+        match self {
+            Self::Emptied => file.set_len(0).unwrap(),
+            Self::Cut => file.set_len(len - 10).unwrap(),
+            Self::Head => flip(20),
+            Self::Body => flip(len / 2),
+            Self::Footer => flip(len - 20),
+        }
+    }
+}
+
+/// A segment that has a successor.
+fn sealed_segment(dir: &Path) -> PathBuf {
+    let all = seg_files(dir);
+    all.windows(2).find(|two| two[0].parent() == two[1].parent()).unwrap()[0].clone()
+}
+
+/// A restore gives the segments up that lie between its time and the current data key.
+#[test]
+fn a_loss_that_the_backup_does_not_have_ends_it() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    append(&logstore, 0, "early");
+    let until_us = all(&logstore, 0)[0].1;
+    for text in ["later", "last"] {
+        world.clock.advance(millis(10));
+        store.keys().rotate_data_key(&name("p/l")).unwrap();
+        append(&logstore, 0, text);
+    }
+    let (dir, cut) = (world.path().join("backup"), world.path().join("cut"));
+    let other = world.path().join("other");
+    back_up(&world, &dir, &BackupOptions::default().copy(true));
+    store.close().unwrap();
+    restore(&world, &dir, &cut, &RestoreOptions::default().until_us(until_us));
+    assert_does_not_continue(&world, &cut, &dir);
+    let store = world.builder_at(&cut).open().unwrap();
+    for text in ["one", "two"] {
+        append(&store.logstore(&name("p/l")).unwrap(), 0, text);
+        store.admin().backup(&other, &BackupOptions::default(), &mut |_| {}).unwrap();
+        let copy = world.builder_at(&other).open_read_only().unwrap();
+        assert_eq!(contents(&copy), contents(&store));
+        assert_sound(&copy, Some(checkpoint_in(&other)));
+    }
+    assert_does_not_continue(&world, &cut, &dir);
 }
 
 /// Fails operations of a backup one at a time. The former backup, or the new one, is in the
@@ -510,7 +783,8 @@ fn an_interrupted_backup_leaves_the_former_one() {
                             found.2.starts_with(&before.2) && all.unwrap().2.starts_with(&found.2)
                         });
                     assert!(found == after || (!first && is_former), "{context}");
-                    assert_sound(&copy, None);
+                    let checkpoint = dir.join("checkpoint").exists().then(|| checkpoint_in(&dir));
+                    assert_sound(&copy, checkpoint);
                     old += u64::from(found != after);
                 }
                 Err(error) => assert!(first, "{context}: {error}"),

@@ -212,8 +212,11 @@ The backup is a store itself: `envelog --store DIR --keyring FILE verify` checks
 the command began. The command takes no lock and writes nothing into the store. A later run into the same directory copies
 only new segments. The keyring is not in the backup: copy it with `keys backup`, and keep it elsewhere.
 
-Where the file system can, sealed segments are shared with the store, as reflinks or hard links. That protects from a
-mistake, not from the loss of the disk: back up to another disk, or copy the directory there.
+Where the file system can, sealed segments are shared with the store, as reflinks or hard links. That protects from the
+removal of a file, not from one that is overwritten in place, nor from the loss of the disk: back up to another disk, or copy
+the directory there.
+
+A store that does not continue the backup, because it was put back to an older state, is refused: use another directory.
 
 Deletion, retention and `keys shred` do not reach a backup: its files stay until --prune.
 
@@ -225,7 +228,7 @@ Examples:
     #[command(after_help = "\
 The keyring must be in its place. Each shard continues with sequence numbers that the lost store has not used: a reader that
 has come further there finds that its position is above the end. With --until, each shard ends in front of its first block
-with a log that was received later. Configurations and keys are those of the backup.
+with a log that was received later. Configurations and keys are those of the backup. The restored store is verified.
 
 A store with an anchor opens after a restore with `--without-anchor --anchor DIR`, which starts the anchor again.
 

@@ -112,6 +112,75 @@ fn a_directory_with_other_contents_takes_no_backup() {
     assert_eq!(fs::read_dir(world.path("other")).unwrap().count(), 1);
 }
 
+/// The store is replaced by an older copy of it, and goes on from there.
+#[test]
+fn a_store_that_was_rolled_back_leaves_the_backup_as_it_is() {
+    let world = World::new();
+    world.create("p/l", &service("default"));
+    let append = |text: &str| world.run_with(&["append", "p/l"], text.as_bytes()).assert(0);
+    append("1\n");
+    copy_dir(&world.path("envelog-data"), &world.path("old"));
+    append("good\n");
+    world.ok(&["backup", "backup", "--copy"]);
+    fs::rename(world.path("envelog-data"), world.path("lost")).unwrap();
+    fs::rename(world.path("old"), world.path("envelog-data")).unwrap();
+    append("fork\n");
+    for _ in 0..2 {
+        let said = world.refused(5, &["backup", "backup", "--copy"]);
+        assert!(said.contains("does not continue the backup in backup"), "{said}");
+        append("more\n");
+    }
+    let keyring = ["--keyring", "envelog-data.keyring"];
+    world.ok(&[&["verify", "--store", "backup"][..], &keyring].concat());
+    assert_eq!(
+        world.ok(&[&["read", "p/l", "--store", "backup"][..], &keyring].concat()),
+        b"1\ngood\n"
+    );
+    world.ok(&["backup", "another"]);
+}
+
+#[test]
+fn faults_of_the_store_and_of_the_backup_are_reported() {
+    let world = World::new();
+    world.create("p/l", &service("default"));
+    for text in ["1\n", "2\n", "3\n"] {
+        world.run_with(&["append", "p/l"], text.as_bytes()).assert(0);
+    }
+    world.ok(&["backup", "backup"]);
+    // Overwritten in place, so that a backup with the same inode has it too.
+    let second = |store: &str| {
+        let mut all = world.segments(store);
+        all.sort();
+        all[1].clone()
+    };
+    fs::write(second("envelog-data"), "").unwrap();
+    fs::write(second("backup"), "").unwrap();
+    let out = world.run(&["backup", "backup"]);
+    out.assert(5);
+    assert!(out.text().contains("FAULT "), "{}", out.text());
+    assert!(!out.text().contains("has every log that was durable"), "{}", out.text());
+    assert!(out.text().contains("except where it says FAULT"), "{}", out.text());
+
+    let keyring = ["--keyring", "envelog-data.keyring"];
+    let out = world.run(&[&["restore", "backup", "--store", "restored"][..], &keyring].concat());
+    out.assert(5);
+    assert!(out.text().starts_with("FAULT "), "{}", out.text());
+    assert!(out.text().contains(" in restored/logstores/"), "{}", out.text());
+    let read =
+        world.run(&[&["read", "p/l", "--store", "restored", "--skip-lost"][..], &keyring].concat());
+    assert_eq!(read.text(), "1\n3\n");
+}
+
+#[test]
+fn a_backup_without_its_record_takes_the_next_run() {
+    let world = World::new();
+    world.create("p/l", &Value::Null);
+    world.ok(&["backup", "backup"]);
+    fs::remove_file(world.path("backup/BACKUP")).unwrap();
+    world.ok(&["backup", "backup"]);
+    assert!(world.path("backup/BACKUP").exists());
+}
+
 /// Segments were copied by another tool a moment before the catalogue.
 #[test]
 fn a_plain_copy_of_a_live_store_is_read_and_repaired() {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{
     Shard,
     listing::SegmentRef,
-    record::Head,
+    record::{Head, ShardRecord},
     scanning::{Scanned, front_until},
     segments::{End, Opened, Proof, SegmentList, read_footer},
 };
@@ -36,6 +36,8 @@ impl Extent {
 pub(crate) struct CopySource {
     pub(crate) file: Arc<dyn DiskFile>,
     pub(crate) extent: Extent,
+    /// The damage, if the header or the end of the segment is damaged.
+    pub(crate) damage: Option<Error>,
 }
 
 impl Shard {
@@ -49,7 +51,7 @@ impl Shard {
         match list.open_segment(name) {
             Ok(opened) => {
                 let extent = extent(list, &opened)?;
-                Ok(CopySource { file: opened.file, extent })
+                Ok(CopySource { file: opened.file, extent, damage: None })
             }
             Err(error) if error.kind() == ErrorKind::Integrity && !name.is_missing() => {
                 let path = &*name.path;
@@ -58,9 +60,31 @@ impl Shard {
                     opened => opened.map_err(Error::io("open", path))?,
                 };
                 let len = file.len().map_err(Error::io("get the length of", path))?;
-                Ok(CopySource { file, extent: Extent::Front(len) })
+                Ok(CopySource { file, extent: Extent::Front(len), damage: Some(error) })
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the shard has everything up to the head of an earlier copy, which has the record
+    /// `former`. Retention may have dropped it. Damage is no answer, so the shard then counts as one
+    /// that has it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and others that are no damage.
+    pub(crate) fn continues(&self, former: &ShardRecord) -> Result<bool> {
+        let (list, record) = (self.list(), self.record());
+        let Some(head) = former.head.as_ref().filter(|head| head.ordinal >= record.first_ordinal)
+        else {
+            return Ok(true);
+        };
+        if let Some(loss) = record.loss(head.ordinal) {
+            return Ok(former.losses.contains(loss));
+        }
+        let Some(name) = list.find(head.ordinal)? else { return Ok(false) };
+        match has_reached(list, &name, head) {
+            Err(error) if error.kind() == ErrorKind::Integrity => Ok(true),
+            reached => reached,
         }
     }
 
@@ -121,6 +145,22 @@ impl Shard {
         let (front, end, is_cut) = front_until(&opened, blocks_end, until_us)?;
         Ok(is_cut.then(|| Head::open(&opened.header, &front, end)))
     }
+}
+
+/// Whether a segment, or the one that recovery has rewritten its last blocks into, reaches a head.
+fn has_reached(list: &SegmentList, name: &SegmentRef, head: &Head) -> Result<bool> {
+    let opened = list.open_segment(name)?;
+    if opened.header.segment != head.segment {
+        return Ok(false);
+    }
+    if extent(list, &opened)?.bytes() >= head.bytes {
+        return Ok(true);
+    }
+    let Some(next) = list.find(head.ordinal + 1)? else { return Ok(false) };
+    Ok(match list.open_segment(&next)?.end {
+        End::Sealed(sealed) => sealed.footer.recovered && sealed.footer.end_seq >= head.end_seq,
+        _ => false,
+    })
 }
 
 fn extent(list: &SegmentList, opened: &Opened) -> Result<Extent> {

@@ -190,7 +190,10 @@ impl StoreBuilder {
 
     /// Restores the backup in the directory `from` ([`Admin::backup`](crate::Admin::backup)) to the
     /// directory of the builder, which must be empty or absent. The keyring of the store must be in
-    /// place. Calls no customer's KMS. The caller opens the store afterwards.
+    /// place. The caller opens the store afterwards.
+    ///
+    /// The restored store is verified, and the report has the faults: what can be restored is. May call
+    /// the customers' KMS; a Logstore whose key cannot be used is verified without it.
     ///
     /// The restored store does not repeat a number of the lost one: each shard continues 2^48
     /// sequence numbers behind the last one that the backup knows, and the writer epoch is raised by

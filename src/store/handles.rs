@@ -582,7 +582,8 @@ impl Admin<'_> {
     ///
     /// # Errors
     /// [`Error::BackupRefused`] for a directory with other contents, or one that was opened for
-    /// writing; [`Error::RolledBack`] if the store is older than the backup in the directory;
+    /// writing; [`Error::RolledBack`] if the store is older than the backup in the directory, or has
+    /// other records in its place: the backup then stays as it is, and another directory is needed;
     /// [`Error::Locked`] while another process makes a backup there; [`Error::ServiceKey`];
     /// [`Error::Io`].
     pub fn backup(

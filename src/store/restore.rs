@@ -16,7 +16,7 @@ use super::{
     core::Core,
     creation::{create_missing_directories, make_directory},
     identity::copy_identity,
-    inspect::{VerifyFault, VerifyReport},
+    inspect::{self, VerifyFault, VerifyOptions, VerifyReport},
     lock::StoreLock,
     opening,
 };
@@ -81,8 +81,10 @@ pub struct RestoreReport {
     /// The number of shards that end earlier than in the backup, because of
     /// [`RestoreOptions::until_us`].
     pub shards_cut: u64,
-    /// The faults of the backup: Logstores that were left out because their metadata cannot be read,
-    /// and segments that are missing.
+    /// The Logstores whose keys could not be used. They were verified without keys.
+    pub without_keys: Vec<LogstoreName>,
+    /// The faults: Logstores that were left out because their metadata cannot be read, and what the
+    /// verification of the restored store has found.
     pub faults: Vec<VerifyFault>,
 }
 
@@ -122,6 +124,7 @@ pub(super) fn restore(
     make_empty(&setup, &*outside, from)?;
     // A keyring inside the store is refused before anything is copied.
     setup.keyring_file(&*outside)?;
+    let restored = Setup { anchor: None, ..setup.clone() };
     let setup = setup.rooted()?;
     setup.check_file_system()?;
     let lock = StoreLock::take_or_create(&*setup.disk, &setup.dir)?;
@@ -133,12 +136,13 @@ pub(super) fn restore(
         report: RestoreReport::default(),
         faults: VerifyReport::default(),
         state: CopyProgress::default(),
-        progress,
+        progress: &mut *progress,
     };
-    let report = restore.run(&setup)?;
+    let mut report = restore.run(&setup)?;
     let resolved = outside.resolve(&setup.dir).map_err(Error::io("find", &setup.dir))?;
     io::sync_parent(&*outside, &resolved)
         .map_err(Error::io("sync the directory of", &setup.dir))?;
+    verify(restored, &mut report, progress)?;
     lock.release();
     info!(dir = %setup.dir.display(), from = %from.display(), segments = report.segments, "store restored");
     Ok(report)
@@ -161,6 +165,22 @@ fn make_empty(setup: &Setup, outside: &dyn Disk, from: &Path) -> Result<()> {
         }
         Err(error) => Err(Error::io("list", dir)(error)),
     }
+}
+
+/// Verifies the restored store, with the keys that can be used.
+fn verify(
+    setup: Setup,
+    report: &mut RestoreReport,
+    progress: &mut dyn FnMut(CopyProgress),
+) -> Result<()> {
+    let store = opening::open_read_only(setup)?;
+    let copied = report.bytes;
+    let verified = inspect::verify(store.core(), &VerifyOptions::default(), &mut |at| {
+        progress(CopyProgress { bytes: copied + at.bytes, bytes_total: copied + at.bytes_total });
+    })?;
+    report.faults.extend(verified.faults);
+    report.without_keys = verified.refused.into_iter().map(|(name, _)| name).collect();
+    Ok(())
 }
 
 impl Restore<'_> {
@@ -244,14 +264,13 @@ impl Restore<'_> {
     ) -> Result<Option<Head>> {
         let whole = if self.options.copy { Whole::Copied } else { Whole::Shared };
         for segment in segments {
-            let is_lost = shard.is_lost(segment.ordinal);
-            let source = match segment.is_missing() {
-                true => Err(segment.missing()),
-                false => shard.copy_source(segment),
-            };
-            let source = match source {
+            // The verification reports it.
+            if segment.is_missing() {
+                continue;
+            }
+            let source = match shard.copy_source(segment) {
                 Err(error) if error.is_loss() => {
-                    if !is_lost {
+                    if !shard.is_lost(segment.ordinal) {
                         self.faults.note(Some(name), error)?;
                     }
                     continue;

@@ -1,7 +1,10 @@
 //! `backup` and `restore`.
 
-use envelog::admin::{
-    BackupOptions, BackupReport, CopyProgress, RestoreOptions, RestoreReport, VerifyFault,
+use envelog::{
+    LogstoreName,
+    admin::{
+        BackupOptions, BackupReport, CopyProgress, RestoreOptions, RestoreReport, VerifyFault,
+    },
 };
 
 use crate::{
@@ -48,13 +51,13 @@ fn with_progress<T>(
 
 fn print_backup(args: &BackupArgs, report: &BackupReport) -> Result {
     print_faults(&report.faults)?;
-    for name in &report.without_keys {
-        output::line(format_args!(
-            "note: the key of {name} cannot be used now: its new segments were verified without it"
-        ))?;
-    }
+    print_without_keys(&report.without_keys, "its new segments were")?;
+    let (every, except) = match report.faults.is_empty() {
+        true => ("every log that was", ""),
+        false => ("the logs that were", ", except where it says FAULT"),
+    };
     output::line(format_args!(
-        "{}: {} has every log that was durable at {}: {} Logstores, {} segments, {}",
+        "{}: {} has {every} durable at {}{except}: {} Logstores, {} segments, {}",
         output::moment(report.finished_us),
         args.dir.display(),
         output::moment(report.begun_us),
@@ -79,6 +82,7 @@ fn print_backup(args: &BackupArgs, report: &BackupReport) -> Result {
 
 fn print_restore(setup: &Setup, args: &RestoreArgs, report: &RestoreReport) -> Result {
     print_faults(&report.faults)?;
+    print_without_keys(&report.without_keys, "it was")?;
     output::line(format_args!(
         "restored {} Logstores, {} segments, {} to {}",
         output::count(report.logstores),
@@ -100,6 +104,14 @@ fn print_restore(setup: &Setup, args: &RestoreArgs, report: &RestoreReport) -> R
             None => format!(" --against {}", args.dir.join("checkpoint").display()),
         }
     ))
+}
+
+fn print_without_keys(names: &[LogstoreName], what: &str) -> Result {
+    names.iter().try_for_each(|name| {
+        output::line(format_args!(
+            "note: the key of {name} cannot be used now: {what} verified without it"
+        ))
+    })
 }
 
 fn print_faults(faults: &[VerifyFault]) -> Result {

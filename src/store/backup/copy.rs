@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{
     Error, Result,
-    io::{Disk, DiskFile, FileKind, Temporary},
+    io::{self, Disk, DiskFile, FileKind, OpenMode, Temporary},
     shard::{CopySource, Extent},
 };
 
@@ -24,7 +24,7 @@ pub(in crate::store) enum Whole {
 /// The result for one segment, with its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::store) enum Done {
-    /// The file is there already, as long or longer.
+    /// The file is there already.
     Present(u64),
     Copied(u64),
     Shared(u64),
@@ -42,6 +42,9 @@ impl Done {
     }
 }
 
+/// How much of the front and of the end of a file is compared, in bytes. A header and a footer fit.
+const COMPARED_BYTES: u64 = 4096;
+
 /// Copies files to a disk. The caller syncs the directories.
 pub(in crate::store) struct Copier<'a> {
     pub(in crate::store) to: &'a dyn Disk,
@@ -49,9 +52,9 @@ pub(in crate::store) struct Copier<'a> {
 }
 
 impl Copier<'_> {
-    /// Makes the file of a segment under `path`. A file of that name keeps it, if it is as long or
-    /// longer: the same segment grows only. Otherwise the new file replaces it, so that a process
-    /// that ends in between leaves the one or the other.
+    /// Makes the file of a segment under `path`. A file of that name keeps it, if it has the segment.
+    /// Otherwise the new file replaces it, so that a process that ends in between leaves the one or
+    /// the other.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -60,7 +63,7 @@ impl Copier<'_> {
         let found = self.to.stat(path).map_err(Error::io("look for", path))?;
         if let Some(found) = found
             && found.kind == FileKind::File
-            && found.len >= bytes
+            && self.has_segment(source, path, found.len)?
         {
             return Ok(Done::Present(found.len));
         }
@@ -72,6 +75,36 @@ impl Copier<'_> {
         }
         self.copy(&*source.file, bytes, path)?;
         Ok(Done::Copied(bytes))
+    }
+
+    /// Whether the file of `len` bytes under `path` has the segment, by its length, its front and its
+    /// end. A damaged segment replaces no file that is as long or longer.
+    fn has_segment(&self, source: &CopySource, path: &Path, len: u64) -> Result<bool> {
+        let bytes = source.extent.bytes();
+        let is_long = match (&source.damage, &source.extent) {
+            (Some(_), _) => return Ok(len >= bytes),
+            (None, Extent::Sealed(_)) => len == bytes,
+            // The file of an open segment may have a torn tail.
+            (None, Extent::Front(_)) => len >= bytes,
+        };
+        if !is_long {
+            return Ok(false);
+        }
+        let found = self.to.open(path, OpenMode::Read).map_err(Error::io("open", path))?;
+        let compared = COMPARED_BYTES.min(bytes);
+        let read = |file: &dyn DiskFile, at: u64| {
+            let mut part = vec![0; compared as usize];
+            io::read_exact_at(file, &mut part, at).map(|()| part)
+        };
+        for at in [0, bytes - compared] {
+            let (ours, theirs) = (read(&*source.file, at), read(&*found, at));
+            match (ours, theirs) {
+                (Ok(ours), Ok(theirs)) if ours == theirs => {}
+                // A file that became shorter, or that cannot be read, is made again.
+                _ => return Ok(false),
+            }
+        }
+        Ok(true)
     }
 
     /// Shares a file by a reflink, or else by a hard link. `false` if the file system cannot.

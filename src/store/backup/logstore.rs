@@ -188,6 +188,13 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
         let whole = if self.run.options.copy { Whole::Copied } else { Whole::Shared };
         let copier = Copier { to: self.run.target.disk(), whole };
         let done = copier.segment(&source, &path)?;
+        // The verification of new segments finds the damage of others.
+        if let Some(damage) = source.damage
+            && done.is_present()
+            && !shard.is_lost(segment.ordinal)
+        {
+            self.run.verified.note(Some(&self.name), damage)?;
+        }
         self.run.report.add(&done);
         self.run.advance(done.bytes());
         Ok(Outcome::Copied { is_new: !done.is_present() })

@@ -63,7 +63,8 @@ impl BackupOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct CopyProgress {
-    /// The bytes of segments that are done, present ones included.
+    /// The bytes of segments that are done, present ones included. A restore copies each byte, and
+    /// then verifies it: it counts twice.
     pub bytes: u64,
     /// The bytes of the segments of all Logstores that the run has reached.
     pub bytes_total: u64,
@@ -161,8 +162,10 @@ pub(super) fn backup(
             progress,
         };
         target.check_not_newer(run.source.catalogue())?;
+        let (views, kept) = run.look()?;
+        target.check_continues(&views)?;
         target.begin(core, begun_us)?;
-        let copied = run.copy()?;
+        let copied = run.copy(views, kept)?;
         core.keys.follow_keyring()?;
         attempts += 1;
         // The documents that were read first are under a version that is retired by now.
@@ -173,21 +176,26 @@ pub(super) fn backup(
 }
 
 impl Run<'_> {
-    /// Copies the metadata of all Logstores, and then their segments.
-    fn copy(&mut self) -> Result<Vec<Copied>> {
+    /// Looks at all Logstores. Returns also those that cannot be read, as the former backup has them.
+    fn look(&mut self) -> Result<(Vec<View>, Vec<Copied>)> {
         let names: Vec<_> = self.source.catalogue().logstores.keys().cloned().collect();
-        let (mut all, mut views) = (Vec::new(), Vec::new());
+        let (mut views, mut kept) = (Vec::new(), Vec::new());
         for name in names {
             match self.source.view(&name) {
                 Ok(view) => views.extend(view),
                 // The other Logstores are copied all the same.
                 Err(error) if error.kind() == ErrorKind::Integrity => {
                     self.verified.note(Some(&name), error)?;
-                    all.extend(self.former(&name));
+                    kept.extend(self.former(&name));
                 }
                 Err(error) => return Err(error),
             }
         }
+        Ok((views, kept))
+    }
+
+    /// Copies the metadata of all Logstores, and then their segments.
+    fn copy(&mut self, views: Vec<View>, mut all: Vec<Copied>) -> Result<Vec<Copied>> {
         self.put_metadata(&views)?;
         for view in views {
             all.extend(CopyLogstore::new(self, view).run()?);
@@ -224,14 +232,16 @@ impl Run<'_> {
         (former.id == id).then(|| Copied::as_it_was(name.clone(), former.clone()))
     }
 
-    /// Writes the documents of the backup, and the catalogue last.
+    /// Writes the documents of the backup, and then the catalogue. The checkpoint comes behind it: the
+    /// former backup does not reach a newer checkpoint.
     fn finish(mut self, copied: Vec<Copied>) -> Result<BackupReport> {
         self.source.reload()?;
         let (catalogue, checkpoint) = self.compose(copied)?;
         let checkpoint = inspect::checkpoint_of(self.core, &checkpoint)?;
-        self.target.put_documents(self.core, &catalogue, &checkpoint, &mut self.verified)?;
+        self.target.put_documents(self.core, &catalogue, &mut self.verified)?;
         let epoch = self.source.epoch();
         self.target.put_catalogue(self.core, &catalogue, epoch)?;
+        self.target.put_checkpoint(&checkpoint)?;
         if self.options.prune {
             self.prune(catalogue, epoch)?;
         }

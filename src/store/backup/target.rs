@@ -10,6 +10,7 @@ use super::{
     BackupReport,
     record::{BackupRecord, RECORD},
     refused,
+    source::View,
 };
 use crate::{
     Error, ErrorKind, Result,
@@ -22,7 +23,7 @@ use crate::{
         catalogue::{self, Catalogue, Loaded, load_newest},
         core::Core,
         creation::{create_missing_directories, make_directory},
-        identity::{ClaimedIdentity, identity_path, load_identity},
+        identity::{ClaimedIdentity, identity_path, load_identity, verify_identity},
         inspect::{Checkpoint, VerifyReport},
         lock::StoreLock,
     },
@@ -95,6 +96,29 @@ impl Target {
             self.dir.display()
         );
         Err(Error::RolledBack { what })
+    }
+
+    /// Refuses a store that was rolled back and went on from there: the backup has segments that the
+    /// store would replace by others.
+    ///
+    /// # Errors
+    /// [`Error::RolledBack`]; [`Error::Io`].
+    pub(super) fn check_continues(&self, views: &[View]) -> Result<()> {
+        let Some(former) = &self.former else { return Ok(()) };
+        for View { name, entry, shards, .. } in views {
+            let known = former.catalogue.logstores.get(name).filter(|known| known.id == entry.id);
+            let records = known.into_iter().flat_map(|known| &known.shards);
+            for ((shard, _), record) in shards.iter().zip(records) {
+                if !shard.continues(record)? {
+                    let (shard, dir) = (shard.id(), self.dir.display());
+                    let what = format!(
+                        "shard {shard} of Logstore {name} does not continue the backup in {dir}, which has other logs than the store: back up to another directory"
+                    );
+                    return Err(Error::RolledBack { what });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Notes that a run has begun, and makes the directories of a store.
@@ -192,7 +216,6 @@ impl Target {
         &self,
         core: &Core,
         catalogue: &Catalogue,
-        checkpoint: &Checkpoint,
         verified: &mut VerifyReport,
     ) -> Result<()> {
         self.put_audit_log(core)?;
@@ -208,6 +231,10 @@ impl Target {
                 Err(error) => verified.note(None, error)?,
             }
         }
+        Ok(())
+    }
+
+    pub(super) fn put_checkpoint(&self, checkpoint: &Checkpoint) -> Result<()> {
         self.put(&self.dir.join(CHECKPOINT), checkpoint.to_bytes())
     }
 
@@ -271,6 +298,11 @@ fn check_contents(core: &Core, disk: &dyn Disk, dir: &Path) -> Result<()> {
     }
     let is_begun = |name: &str| name == "LOCK" || io::is_temporary(name, RECORD);
     if has(RECORD) || entries.iter().all(|entry| is_begun(&entry.name)) {
+        return Ok(());
+    }
+    // The record is lost. A restored store has no checkpoint.
+    let is_ours = || core.keys.with_keyring(|keyring| verify_identity(disk, dir, keyring)).is_ok();
+    if has(CHECKPOINT) && is_ours() {
         return Ok(());
     }
     Err(refused(dir, "it is not empty, and has no backup"))
