@@ -40,11 +40,11 @@ use model::Outcome;
 /// The number of threads that share the cases.
 const THREADS: u64 = 2;
 /// Interrupts the recovery of one crash in this many at every operation, unless all are requested.
-const SECOND_CUTS: u64 = 24;
+const SECOND_CUTS: u64 = 72;
 /// Stop after this many violations.
 const ENOUGH: usize = 10;
 /// The default number of random lives.
-const SEEDS: u64 = 400;
+const SEEDS: u64 = 200;
 
 // ---- running cases ----
 
