@@ -201,7 +201,9 @@ fn a_plain_copy_of_a_live_store_is_read_and_repaired() {
     fs::copy(world.path("envelog-data.keyring"), world.path("copy.keyring")).unwrap();
     let kind = world.run(&["read", "p/l", "--store", "copy", "--json"]).json_error(5).0;
     assert_eq!(kind, "rolled_back", "the metadata was copied too early");
-    world.ok(&["repair", "p/l", "--shard", "0", "--yes", "--store", "copy"]);
+    let repair = ["repair", "p/l", "--shard", "0", "--yes", "--store", "copy"];
+    world.refused(5, &repair);
+    world.ok(&[&repair[..], &["--accept-tampered"]].concat());
     let read = world.run(&["read", "p/l", "--store", "copy"]);
     read.assert(0);
     assert_eq!(read.stdout, made_lines(100));
