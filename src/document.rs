@@ -44,8 +44,7 @@ pub(crate) fn may_be_lost(error: &Error) -> bool {
 /// lost or damaged.
 ///
 /// # Errors
-/// The error of the file, if its second copy cannot be loaded either; of the second copy, if the
-/// file does not exist.
+/// As [`error_of_both`] says, if neither can be loaded.
 pub(crate) fn load_either<T>(
     path: &Path,
     mut load: impl FnMut(&Path) -> crate::Result<T>,
@@ -54,14 +53,19 @@ pub(crate) fn load_either<T>(
         Err(error) if may_be_lost(&error) => error,
         loaded => return loaded,
     };
-    let copy = io::copy_path(path);
-    let is_missing = error.is_not_found();
-    let loaded = load(&copy).map_err(|of_copy| match is_missing && !of_copy.is_not_found() {
-        true => of_copy,
-        false => error.clone(),
-    })?;
+    let loaded =
+        load(&io::copy_path(path)).map_err(|of_copy| error_of_both(error.clone(), of_copy))?;
     warn!(path = %path.display(), %error, "file lost or damaged; its second copy is in use");
     Ok(loaded)
+}
+
+/// The error of a file and its second copy that cannot be loaded: that of the file; that of the
+/// second copy, if the file does not exist.
+pub(crate) fn error_of_both(of_file: Error, of_copy: Error) -> Error {
+    match of_file.is_not_found() && !of_copy.is_not_found() {
+        true => of_copy,
+        false => of_file,
+    }
 }
 
 /// The longest document in bytes.

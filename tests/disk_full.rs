@@ -1,4 +1,5 @@
-//! A disk without a free page or a free inode: what a store still does, and how it continues.
+//! A disk without a free page or a free inode: the operations that work on it, and how the store
+//! continues once the disk has room.
 //! `tests/sweep.rs` fills the disk before every operation of a workload.
 
 #![allow(clippy::unwrap_used)]

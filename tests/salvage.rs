@@ -5,14 +5,9 @@
 
 mod common;
 
-use std::{
-    collections::BTreeSet,
-    fs::{self, OpenOptions},
-    io::{Seek, SeekFrom, Write},
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, fs, path::PathBuf};
 
-use common::*;
+use common::{file_fault::FileFault, *};
 use envelog::{
     AppendOptions, EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreSpec, ReadOptions,
     ShardChoice, Store,
@@ -23,40 +18,6 @@ use envelog::{
 const NAME: &str = "p/l";
 const SHARDS: u32 = 3;
 const SEGMENTS: u32 = 4;
-
-/// A fault of a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    Lost,
-    Emptied,
-    CutInHalf,
-    Zeroed,
-    /// The second half only: the header stays.
-    HalfZeroed,
-}
-
-use Fault::{CutInHalf, Emptied, HalfZeroed, Lost, Zeroed};
-
-const FAULTS: [Fault; 5] = [Lost, Emptied, CutInHalf, Zeroed, HalfZeroed];
-
-impl Fault {
-    fn apply(self, path: &Path) {
-        let len = fs::metadata(path).unwrap().len();
-        let open = || OpenOptions::new().write(true).open(path).unwrap();
-        let zero = |from: u64| {
-            let mut file = open();
-            file.seek(SeekFrom::Start(from)).unwrap();
-            file.write_all(&vec![0; (len - from) as usize]).unwrap();
-        };
-        match self {
-            Lost => fs::remove_file(path).unwrap(),
-            Emptied => open().set_len(0).unwrap(),
-            CutInHalf => open().set_len(len / 2).unwrap(),
-            Zeroed => zero(0),
-            HalfZeroed => zero(len / 2),
-        }
-    }
-}
 
 /// A store with four segments in each of three shards, and a copy of it.
 struct Scene {
@@ -115,7 +76,7 @@ impl Scene {
     }
 
     /// Damages segments, and checks readers, verification, repair and appends.
-    fn check(&self, damaged: &[(u32, u32, Fault)]) {
+    fn check(&self, damaged: &[(u32, u32, FileFault)]) {
         self.restore();
         for (shard, segment, fault) in damaged {
             fault.apply(&self.segments[*shard as usize][*segment as usize].0);
@@ -150,19 +111,23 @@ impl Scene {
         assert!(!self.verify(&store, true).is_clean(), "{damaged:?}: the checkpoint has the data");
     }
 
-    fn is_damaged(shard: u32, segment: u32, damaged: &[(u32, u32, Fault)]) -> bool {
+    fn is_damaged(shard: u32, segment: u32, damaged: &[(u32, u32, FileFault)]) -> bool {
         damaged.iter().any(|(one, two, _)| (*one, *two) == (shard, segment))
     }
 
     /// The texts in the segments of a shard that are whole, and those in all segments.
-    fn expected(&self, shard: u32, damaged: &[(u32, u32, Fault)]) -> (Vec<String>, Vec<String>) {
+    fn expected(
+        &self,
+        shard: u32,
+        damaged: &[(u32, u32, FileFault)],
+    ) -> (Vec<String>, Vec<String>) {
         let all = self.segments[shard as usize].iter();
         let whole = (0..).zip(all.clone()).filter(|(at, _)| !Self::is_damaged(shard, *at, damaged));
         let whole = whole.flat_map(|(_, (_, texts))| texts.clone()).collect();
         (whole, all.flat_map(|(_, texts)| texts.clone()).collect())
     }
 
-    fn check_reads(&self, logstore: &Logstore, shard: u32, damaged: &[(u32, u32, Fault)]) {
+    fn check_reads(&self, logstore: &Logstore, shard: u32, damaged: &[(u32, u32, FileFault)]) {
         let (whole, all) = self.expected(shard, damaged);
         let mut read = Vec::new();
         let mut end = None;
@@ -197,7 +162,7 @@ impl Scene {
         options: &ReadOptions,
         whole: &[String],
         all: &[String],
-        damaged: &[(u32, u32, Fault)],
+        damaged: &[(u32, u32, FileFault)],
     ) {
         let mut reader = logstore.read(shard, options).unwrap();
         let read: Vec<_> = (&mut reader).map(|record| record.unwrap()).collect();
@@ -214,7 +179,7 @@ impl Scene {
         &self,
         store: &Store,
         logstore: &Logstore,
-        damaged: &[(u32, u32, Fault)],
+        damaged: &[(u32, u32, FileFault)],
         round: u32,
     ) {
         for shard in 0..SHARDS {
@@ -264,7 +229,7 @@ fn all_segments() -> impl Iterator<Item = (u32, u32)> {
 fn one_damaged_segment_costs_its_own_contents() {
     for scene in [Scene::new(service), Scene::new(byok)] {
         for (shard, segment) in all_segments() {
-            for fault in FAULTS {
+            for fault in FileFault::ALL {
                 scene.check(&[(shard, segment, fault)]);
             }
         }
@@ -306,7 +271,7 @@ fn two_damaged_segments_cost_their_own_contents() {
     let scene = Scene::new(byok);
     let pairs = all_segments().flat_map(|one| all_segments().map(move |two| (one, two)));
     for (index, ((a, b), (c, d))) in pairs.filter(|(one, two)| one < two).enumerate() {
-        let (one, two) = (FAULTS[index % 5], FAULTS[index / 5 % 5]);
+        let (one, two) = (FileFault::ALL[index % 5], FileFault::ALL[index / 5 % 5]);
         scene.check(&[(a, b, one), (c, d, two)]);
     }
 }

@@ -75,7 +75,7 @@ fn update_with(config: &LogstoreConfig) {
 }
 
 // The parsers of the command line. It is a program, not a library, so the file is included here.
-#[allow(unreachable_pub)]
+#[allow(dead_code, unreachable_pub)]
 #[path = "../../cli/src/values.rs"]
 mod command_line;
 

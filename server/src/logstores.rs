@@ -21,7 +21,7 @@ const SHARDS_DEFAULT: u64 = 2;
 const MAX_SPLIT_SHARD: &str = "maxSplitShard";
 /// The most names in an answer.
 const LIST_MAX: u64 = 500;
-/// How often an update is built anew, if another one comes in between.
+/// How often an update is merged again after another update has changed the Logstore.
 const UPDATE_TRIES: usize = 4;
 
 /// The fields that the engine has, or that the service makes up.
@@ -261,7 +261,7 @@ pub(crate) fn delete(service: &Service, logstore: &Logstore) -> Result<Answer> {
     for left in report.left {
         tracing::warn!(logstore = %name, left = %left.display(), "a deleted Logstore left a file");
     }
-    service.forget(name);
+    service.open.forget(name);
     service.groups.forget(&logstore.id().to_string())?;
     service.projects.forget_fields(name)?;
     Ok(Answer::empty())

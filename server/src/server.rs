@@ -28,8 +28,10 @@ use crate::{
     auth::{AccessKeys, KeysError},
     groups::Groups,
     http,
+    memory::Budget,
+    metrics::Counters,
     projects::{OpenError, Projects},
-    service::{Parts, Service},
+    service::{OpenLogstores, Service},
     state::{StateDir, StateError},
     tls::{Tls, TlsError},
 };
@@ -314,16 +316,18 @@ fn open(
         ids.push(store.logstore(&name)?.id().to_string());
     }
     let groups = Groups::open(state.within("groups")?, &ids)?;
-    Ok(Service::new(Parts {
+    Ok(Service {
         store,
         base_host: settings.base_host.to_ascii_lowercase(),
         region: settings.region.clone(),
         keys,
         projects,
         groups,
-        memory_max: settings.memory_max,
+        memory: Budget::new(settings.memory_max),
+        counters: Counters::default(),
         stopping,
-    }))
+        open: OpenLogstores::default(),
+    })
 }
 
 type Accepted = (Option<(TcpStream, SocketAddr)>, Option<tokio::sync::OwnedSemaphorePermit>);

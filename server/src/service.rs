@@ -39,26 +39,44 @@ pub(crate) struct Service {
     pub(crate) counters: Counters,
     /// Becomes true when the service is to stop.
     pub(crate) stopping: watch::Receiver<bool>,
-    open: RwLock<OpenLogstores>,
+    pub(crate) open: OpenLogstores,
 }
 
+/// The Logstores that calls have used.
 #[derive(Debug, Default)]
-struct OpenLogstores {
+pub(crate) struct OpenLogstores(RwLock<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
     by_name: HashMap<LogstoreName, Open>,
     /// Counts the Logstores that were forgotten.
     forgotten: u64,
 }
 
-/// The parts of a service.
-pub(crate) struct Parts {
-    pub(crate) store: Store,
-    pub(crate) base_host: String,
-    pub(crate) region: String,
-    pub(crate) keys: Option<AccessKeys>,
-    pub(crate) projects: Projects,
-    pub(crate) groups: Groups,
-    pub(crate) memory_max: usize,
-    pub(crate) stopping: watch::Receiver<bool>,
+impl OpenLogstores {
+    /// The Logstore of this name, if it is known, and how many were forgotten.
+    fn find(&self, name: &LogstoreName) -> (Option<Open>, u64) {
+        let known = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        (known.by_name.get(name).cloned(), known.forgotten)
+    }
+
+    /// Remembers a Logstore, unless one has been deleted since `forgotten` was read: it may be
+    /// this.
+    fn remember(&self, logstore: Logstore, forgotten: u64) -> Open {
+        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if known.forgotten != forgotten {
+            return Open::new(logstore);
+        }
+        let name = logstore.name().clone();
+        known.by_name.entry(name).or_insert_with(|| Open::new(logstore)).clone()
+    }
+
+    /// Forgets a Logstore that is deleted.
+    pub(crate) fn forget(&self, name: &LogstoreName) {
+        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        known.by_name.remove(name);
+        known.forgotten += 1;
+    }
 }
 
 /// A Logstore that calls have used.
@@ -108,21 +126,6 @@ fn failed<T>(error: tokio::task::JoinError) -> Result<T> {
 }
 
 impl Service {
-    pub(crate) fn new(parts: Parts) -> Self {
-        Self {
-            store: parts.store,
-            base_host: parts.base_host,
-            region: parts.region,
-            keys: parts.keys,
-            projects: parts.projects,
-            groups: parts.groups,
-            memory: Budget::new(parts.memory_max),
-            counters: Counters::default(),
-            stopping: parts.stopping,
-            open: RwLock::default(),
-        }
-    }
-
     /// A Logstore of a project.
     ///
     /// # Errors
@@ -134,32 +137,11 @@ impl Service {
         if !names::is_served(&name) {
             return Err(ApiError::no_logstore(logstore));
         }
-        let (known, forgotten) = {
-            let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-            (open.by_name.get(&name).cloned(), open.forgotten)
-        };
+        let (known, forgotten) = self.open.find(&name);
         if let Some(known) = known {
             return Ok(known);
         }
         let service = Arc::clone(self);
-        run(move || Ok(service.remember(service.store.logstore(&name)?, forgotten))).await
-    }
-
-    /// Remembers a Logstore, unless one has been deleted since `forgotten` was read: it may be
-    /// this.
-    fn remember(&self, logstore: Logstore, forgotten: u64) -> Open {
-        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
-        if open.forgotten != forgotten {
-            return Open::new(logstore);
-        }
-        let name = logstore.name().clone();
-        open.by_name.entry(name).or_insert_with(|| Open::new(logstore)).clone()
-    }
-
-    /// Forgets a Logstore that is deleted.
-    pub(crate) fn forget(&self, name: &LogstoreName) {
-        let mut open = self.open.write().unwrap_or_else(PoisonError::into_inner);
-        open.by_name.remove(name);
-        open.forgotten += 1;
+        run(move || Ok(service.open.remember(service.store.logstore(&name)?, forgotten))).await
     }
 }

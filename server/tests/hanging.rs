@@ -76,7 +76,7 @@ fn calls_that_wait_for_a_kms_hold_up_their_own_logstore_alone() {
         store.create_logstore(&name.parse().unwrap(), spec).unwrap();
     }
     store.close().unwrap();
-    // Opened anew, the store has no data key in memory.
+    // A store that was just opened has no data key in memory.
     let store = builder().open().unwrap();
     let path = dir.path().join("keys.json");
     write_keys(&path, &keys());

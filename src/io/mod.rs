@@ -205,7 +205,8 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// of other files cannot take these blocks. A disk that cannot be full need not implement this.
     ///
     /// # Errors
-    /// `Unsupported` by default. `InvalidInput` for a file with a second name. After another error the file may have any length.
+    /// `Unsupported` by default. `InvalidInput` for a file with a second name. After another error
+    /// the file may have any length.
     fn allocate(&self, path: &Path, len: u64) -> io::Result<()> {
         let _ = (path, len);
         Err(io::ErrorKind::Unsupported.into())

@@ -170,7 +170,7 @@ pub struct KmsCall<'a> {
 /// }
 ///
 /// impl MountedKeys {
-///     /// The master key, if the role may use it now. Reads it afresh: no answer is cached.
+///     /// The master key, if the role may use it now. Reads the file at each call.
 ///     fn master_key(&self, cmk: &Cmk) -> Result<Box<dyn AeadKey>, KmsError> {
 ///         let Cmk { cmk_key_id, arn, region_id } = cmk;
 ///         // The customer chooses these names. They must not lead out of the directory.

@@ -257,8 +257,8 @@ impl Reader {
         Self::with(shard.permits().take(false)?, shard, options)
     }
 
-    /// A reader that begins at a sequence number and leaves out what was received before a time,
-    /// whatever the options say about the beginning.
+    /// A reader that begins at a sequence number and leaves out the groups that were received before a
+    /// time. It ignores [`ReadOptions::from`].
     pub(super) fn continuing(
         shard: &Shard,
         seq: u64,

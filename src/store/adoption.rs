@@ -1,7 +1,7 @@
 //! Metadata in the place of the one that the catalogue names, which is lost.
 //!
 //! A copy that was made beside a writer may have the catalogue from before a change of a Logstore and
-//! the metadata from after it, or the reverse. A repair puts the metadata in force that is there.
+//! the metadata from after it, or the reverse. A repair puts the metadata of the copy in force.
 
 use std::sync::Arc;
 
@@ -20,8 +20,8 @@ use crate::{
 };
 
 /// Finds or opens a Logstore. If the metadata that the catalogue names is lost, puts the newest
-/// authentic metadata of the Logstore in force that is there, under a new generation, and returns
-/// which. Metadata that is not newer than the lost one takes the Logstore back, so `options` have to
+/// authentic metadata of the Logstore in force, under a new generation, and returns both
+/// generations. Metadata that is not newer than the lost one takes the Logstore back, so `options` have to
 /// allow that.
 ///
 /// # Errors

@@ -7,6 +7,7 @@ pub(crate) mod catalogue;
 pub(crate) mod counting;
 pub(crate) mod disk;
 pub(crate) mod failing;
+pub(crate) mod file_fault;
 pub(crate) mod hanging;
 pub(crate) mod memory;
 pub(crate) mod process;

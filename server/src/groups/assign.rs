@@ -27,8 +27,8 @@ pub(crate) struct Assignment {
     /// The last heartbeat of each live consumer.
     consumers: BTreeMap<String, Duration>,
     owners: BTreeMap<u32, Owner>,
-    /// Until then a shard goes only to a consumer that reports it: the service has begun anew, and
-    /// its consumers may still read the shards that they had before.
+    /// The service assigns a shard before this time only to a consumer that reports it, because the
+    /// service was restarted and its consumers may still read the shards that they owned before.
     recovering_until: Option<Duration>,
 }
 

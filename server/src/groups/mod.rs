@@ -251,7 +251,7 @@ mod tests {
         assert_eq!(groups.get("two", "a/é").unwrap_err().code, "ConsumerGroupNotExist");
         let group = groups.get("one", "a/é").unwrap();
         groups.forget("one").unwrap();
-        // A checkpoint that comes late must not make the file anew.
+        // A late checkpoint must not create the file of a deleted group again.
         assert_eq!(group.change(set).unwrap_err().code, "ConsumerGroupNotExist");
         assert!(open(&["one"]).unwrap().list("one").is_empty());
     }

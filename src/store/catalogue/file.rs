@@ -581,7 +581,8 @@ fn load(
         (Err(error), Ok(copy)) if document::may_be_lost(&error) => {
             (copy, Some((path.to_owned(), error)))
         }
-        (Err(error), _) => return Err(error),
+        (Err(error), Err(of_copy)) => return Err(document::error_of_both(error, of_copy)),
+        (Err(error), Ok(_)) => return Err(error),
     };
     if let Some((path, error)) = &lost {
         warn!(path = %path.display(), %error, "catalogue file lost or damaged; the other copy is in use");
