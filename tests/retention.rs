@@ -105,6 +105,26 @@ fn the_newest_segment_stays_however_small_the_limit_is() {
     assert_eq!(texts(&logstore), ["b"]);
 }
 
+/// After the kill of a process, recovery puts the blocks that may not be durable into a new segment.
+/// Retention drops nothing until a sync has reached behind that one.
+#[test]
+fn a_sync_lets_retention_drop_what_recovery_has_left() {
+    let mut sim = with_limits(None, Some(1));
+    let store = sim.open();
+    find(&store).append(record("a"), &written()).unwrap();
+    sim.disk = sim.disk.kill();
+    let store = sim.open();
+    let logstore = find(&store);
+    logstore.append(record("b"), &buffered()).unwrap();
+    assert_eq!(bytes(&sim, &logstore).len(), 3);
+    assert_eq!(retain(&store).segments, 0);
+    logstore.sync().unwrap();
+    assert_eq!(retain(&store).segments, 2);
+    assert_eq!(bytes(&sim, &logstore).len(), 1);
+    assert_eq!(texts(&logstore), ["b"]);
+    assert_sound(&store, "dropped");
+}
+
 #[test]
 fn a_small_limit_has_segments_rolled_earlier() {
     const LIMIT: u64 = 400_000;

@@ -474,6 +474,17 @@ impl Life {
         }
     }
 
+    /// Whether each shard keeps no more than its limit.
+    fn is_within(&self, handle: &Logstore, retention_bytes: Option<u64>) -> bool {
+        let dir = self.sim.world.logstore_dir(handle);
+        (0..SHARDS).all(|shard| {
+            let segments = self.sim.disk.segments(&dir, shard);
+            let bytes = segments.iter().map(|path| self.sim.disk.bytes(path).len() as u64);
+            // The newest segment with data stays, and an empty one may be open.
+            retention_bytes.is_none_or(|max| segments.len() <= 2 || bytes.sum::<u64>() <= max)
+        })
+    }
+
     fn retain(&mut self, n: usize, ttl_days: Option<u32>, retention_bytes: Option<u64>) {
         let Some(shelf) = &self.shelves[n] else { return };
         let handle = shelf.handle.clone();
@@ -487,23 +498,18 @@ impl Life {
             return;
         }
         updated.unwrap();
-        let report = self.store().admin().apply_retention().unwrap();
+        let mut report = self.store().admin().apply_retention().unwrap();
         assert!(!report.suspended);
-        let dir = self.sim.world.logstore_dir(&handle);
-        for shard in 0..SHARDS {
-            let sizes: Vec<u64> = self
-                .sim
-                .disk
-                .segments(&dir, shard)
-                .iter()
-                .map(|path| self.sim.disk.bytes(path).len() as u64)
-                .collect();
-            let kept = retention_bytes
-                // The newest segment with data stays, and an empty one may be open.
-                .is_none_or(|max| sizes.len() <= 2 || sizes.iter().sum::<u64>() <= max);
-            // A power loss may bring back dropped files. Recovery removes them again.
-            assert!(kept || self.power_was_cut, "{sizes:?} are kept of {retention_bytes:?}");
+        if !self.is_within(&handle, retention_bytes) {
+            // Segments behind the last head stay, and recovery makes some without a new head.
+            handle.sync().unwrap();
+            report.segments += self.store().admin().apply_retention().unwrap().segments;
         }
+        // A power loss may bring back dropped files. Recovery removes them again.
+        assert!(
+            self.power_was_cut || self.is_within(&handle, retention_bytes),
+            "more than {retention_bytes:?} is kept"
+        );
         self.store().update_logstore(handle.name(), with(None, None)).unwrap();
         let oldest_us = ttl_days
             .map_or(u64::MAX, |days| self.now_us() - u64::from(days) * DAY.as_micros() as u64);
