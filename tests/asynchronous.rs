@@ -452,7 +452,7 @@ fn the_futures_are_send() {
 fn a_group_under_a_hung_key_is_refused_without_a_free_call() {
     let mut world = World::threads();
     world.options.revalidate_every = millis(100);
-    world.options.kms_timeout = millis(20);
+    world.options.kms_timeout = millis(150);
     world.options.outage_grace = millis(200);
     let store = world.create();
     let (hung, healthy) = (world.cmk(), world.cmk());

@@ -240,10 +240,18 @@ impl OpenBao {
     }
 
     pub(crate) fn unseal(&self) {
-        let log = self.log();
+        let began = Instant::now();
+        // The server answers requests before it prints the key.
+        let log = loop {
+            let log = self.log();
+            if log.contains("Unseal Key: ") && log.contains("Root Token: ") {
+                break log;
+            }
+            assert!(began.elapsed() < START_PATIENCE, "OpenBao prints no key");
+            thread::sleep(Duration::from_millis(20));
+        };
         let key = log.split_once("Unseal Key: ").unwrap().1.lines().next().unwrap();
         self.ok("PUT", "sys/unseal", &json!({ "key": key }));
-        let began = Instant::now();
         while !self.is_ready() {
             assert!(began.elapsed() < START_PATIENCE, "OpenBao stays sealed");
             thread::sleep(Duration::from_millis(20));
