@@ -27,7 +27,7 @@ export function audit({ client, signal, failed }) {
   const table = new Table('Key audit log', [
     { label: 'Number' }, { label: 'Time', class: 'nowrap' }, { label: 'Event', class: 'nowrap' }, { label: 'Logstore' }, { label: 'Detail', class: 'wide' },
   ]);
-  const state = el('p', { class: 'muted', role: 'status' }, 'The log is being verified…');
+  const state = el('p', { class: 'muted' }, 'The log is being verified…');
   const fault = el('p', { class: 'notice bad', role: 'alert', hidden: true });
   const pages = pager(asked, PAGE, () => wake());
   const step = async () => {

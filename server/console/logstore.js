@@ -158,14 +158,14 @@ function makeShard() {
 
 function consumers() {
   const empty = el('p', { class: 'muted' }, 'Loading…');
-  const node = el('div', { class: 'columns' }, el('section', { class: 'card', 'aria-label': 'Consumer groups' }, el('h2', {}, 'Consumer groups'), empty));
+  const node = el('div', { class: 'columns' }, el('section', { class: 'card whole', 'aria-label': 'Consumer groups' }, el('h2', {}, 'Consumer groups'), empty));
   const cards = new Map();
   const update = (now) => {
     if (now.groups === null) {
       setText(empty, 'The access key has no permission to read in this project.');
       return;
     }
-    setText(empty, now.groups.length === 0 ? 'There is no consumer group.' : `${count(now.groups.length)} consumer groups. The lag is the number of log groups behind the checkpoint.`);
+    setText(empty, now.groups.length === 0 ? 'There is no consumer group.' : `${count(now.groups.length)} in all. The lag is the number of log groups behind the checkpoint.`);
     const names = new Set(now.groups.map((group) => group.name));
     for (const [name, it] of cards) {
       if (!names.has(name)) {
@@ -189,7 +189,7 @@ function groupCard(rawName) {
   const name = visible(rawName);
   const about = facts([['lag', 'Lag'], ['consumers', 'Live consumers'], ['timeout', 'Timeout']]);
   const table = new Table(`Shards of ${name}`, [
-    { label: 'Shard' }, { label: 'Consumer' }, { label: 'Lag', class: 'number' }, { label: 'Checkpoint', class: 'number' },
+    { label: 'Shard' }, { label: 'Consumer', class: 'text' }, { label: 'Lag', class: 'number' }, { label: 'Checkpoint', class: 'number' },
   ]);
   const node = card(name, about.node, scrolled(`Shards of ${name}`, table));
   let nowUs = 0;
@@ -205,7 +205,7 @@ function groupCard(rawName) {
   };
   const update = (group, now) => {
     nowUs = now;
-    about.set('lag', `${count(group.lag)} log groups`);
+    about.set('lag', group.lag === null ? 'not known' : `${count(group.lag)} log groups`);
     about.set('consumers', count(group.consumers));
     about.set('timeout', seconds(group.timeout_s));
     table.show(group.shards, (it) => it.shard, makeRow);

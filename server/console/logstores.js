@@ -44,7 +44,8 @@ export function leaseOf(it) {
   if (left !== null && left !== undefined) {
     parts.push(left > 0 ? `${seconds(left)} left` : 'ended');
   }
-  return parts.join(', ') || '–';
+  // Each part stays on one line.
+  return parts.map((part) => part.replaceAll(' ', '\u00a0')).join(', ') || '–';
 }
 
 // The faults of a Logstore that an operator has to know of.
@@ -108,7 +109,7 @@ function makeRow(it) {
     appends.push(now.append_rate, rate(now.append_rate));
     reads.push(now.read_rate, rate(now.read_rate));
     refused.set(count(now.refusals));
-    lag.set(now.consumers && now.consumers.groups > 0 ? count(now.consumers.lag) : '–');
+    lag.set(count(now.consumers?.lag));
   };
   return { cells, update };
 }
@@ -227,8 +228,14 @@ function toolbar(again) {
 export function pager(asked, size, again) {
   const [back, on] = [el('button', { type: 'button' }, 'Previous'), el('button', { type: 'button' }, 'Next')];
   const range = el('span', { class: 'muted' });
-  back.addEventListener('click', () => { asked.offset = Math.max(0, asked.offset - size); again(); });
-  on.addEventListener('click', () => { asked.offset += size; again(); });
+  const turn = (button, by) => button.addEventListener('click', () => {
+    if (button.getAttribute('aria-disabled') !== 'true') {
+      asked.offset = Math.max(0, asked.offset + by);
+      again();
+    }
+  });
+  turn(back, -size);
+  turn(on, size);
   const update = (shown, matching) => {
     const last = asked.offset + shown;
     setText(range, shown === 0 ? 'Nothing matches' : `${count(asked.offset + 1)} to ${count(last)} of ${count(matching)}`);

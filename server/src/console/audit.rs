@@ -1,6 +1,6 @@
 //! The key audit log, for callers that may administer the whole store.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{sync::Arc, time::Instant};
 
 use envelog::audit::AuditRecord;
 use serde_json::json;
@@ -18,6 +18,8 @@ use crate::{
 
 /// The newest records that can be shown. The command line exports all of them.
 const RECORDS_MAX: usize = 5_000;
+/// Records are kept this many times as long as it takes to read and verify the log.
+const REST: u32 = 50;
 const PAGE_MAX: u64 = 200;
 const PAGE_DEFAULT: u64 = 100;
 
@@ -26,6 +28,8 @@ const PAGE_DEFAULT: u64 = 100;
 struct Records {
     written: u64,
     read_us: u64,
+    /// Not read again before.
+    due: Instant,
     /// The number of records in the log.
     total: u64,
     newest: Vec<AuditRecord>,
@@ -36,20 +40,20 @@ struct Records {
 impl Records {
     /// Reads and verifies the whole log. Blocks for file I/O.
     fn read(service: &Service, written: u64) -> Self {
+        let (began, read_us) = (Instant::now(), now_us());
         let mut read =
-            Self { written, read_us: now_us(), total: 0, newest: Vec::new(), fault: None };
+            Self { written, read_us, due: began, total: 0, newest: Vec::new(), fault: None };
         match service.store.keys().audit_records() {
             Ok(records) => {
                 read.total = records.len() as u64;
-                let newest: VecDeque<AuditRecord> =
-                    records.into_iter().rev().take(RECORDS_MAX).collect();
-                read.newest = newest.into();
+                read.newest = records.into_iter().rev().take(RECORDS_MAX).collect();
             }
             Err(error) => {
                 tracing::error!(%error, "the key audit log cannot be read");
                 read.fault = Some(error.code().to_owned());
             }
         }
+        read.due = Instant::now() + began.elapsed() * REST;
         read
     }
 }
@@ -63,7 +67,9 @@ impl Audit {
     async fn get(&self, service: &Arc<Service>) -> Result<Arc<Records>> {
         let mut last = self.0.lock().await;
         let written = service.console.snapshots.get(service).await?.metrics.audit_records;
-        let is_current = |it: &&Arc<Records>| it.written == written && it.fault.is_none();
+        let is_current = |it: &&Arc<Records>| {
+            (it.written == written && it.fault.is_none()) || Instant::now() < it.due
+        };
         if let Some(last) = last.as_ref().filter(is_current) {
             return Ok(Arc::clone(last));
         }

@@ -46,9 +46,9 @@ pub(super) struct GroupLag {
 }
 
 impl GroupLag {
-    /// The log groups behind the checkpoints of all shards that have one.
-    pub(super) fn total(&self) -> u64 {
-        self.behind.iter().flatten().fold(0, |sum, lag| sum.saturating_add(*lag))
+    /// The log groups behind the checkpoints of all shards that have one. `None` without any.
+    pub(super) fn total(&self) -> Option<u64> {
+        self.behind.iter().flatten().copied().reduce(u64::saturating_add)
     }
 
     /// The groups of a Logstore. Blocks for file I/O.

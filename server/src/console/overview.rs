@@ -213,7 +213,7 @@ pub(super) async fn row_json(
     if let Some(known) = known
         && caller.may(Right::Read, row.name.project())
     {
-        let most = known.groups.iter().map(GroupLag::total).max();
+        let most = known.groups.iter().filter_map(GroupLag::total).max();
         json["consumers"] = json!({ "groups": known.groups.len(), "lag": most });
     }
     json
