@@ -353,6 +353,13 @@ function tail({ client, signal, parameters, say, failed }) {
   loop(signal, step, (error) => {
     problem.hidden = error === null;
     setText(problem, error === null ? '' : `No logs: ${error.message}`);
+    if (error?.code === 'KmsKeyRevoked') {
+      // The owner of the key has taken it back, so its logs are not to be read any more.
+      lines.clear();
+      waiting.length = 0;
+      position = undefined;
+      setText(status, 'The key is refused, so the logs are no longer shown.');
+    }
     // The banner belongs to the other loop of this page, unless the session is over.
     if (error?.endsSession) {
       failed(error);

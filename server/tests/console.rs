@@ -441,7 +441,7 @@ fn the_secret_stays_in_the_memory_of_the_page() {
     browser.until_text("main", "app/logs");
     browser.eval("(() => { const now = Date.now; Date.now = () => now() + 31 * 60000; })()");
     browser.until_text("#problem", "not used for 30 minutes");
-    assert_eq!(browser.text("main").contains("app/logs"), false);
+    assert!(!browser.text("main").contains("app/logs"));
     browser.send("Page.reload", json!({}));
 
     // A key that the service takes back ends the session, and says so.
@@ -513,6 +513,16 @@ fn a_live_tail_updates_is_searched_and_paused_and_shows_hostile_logs_as_text() {
     browser.until_text("tbody tr", "Active");
     assert_eq!(browser.eval("window.hacked === undefined"), json!(true));
     assert_eq!(browser.errors(), [""; 0]);
+
+    // The logs of a key that is taken back do not stay on the screen.
+    browser.eval("location.hash = '#/logstore/app/orders/tail', null");
+    browser.until_text(".lines", "order 29");
+    world.kms.disable(&cmk).unwrap();
+    browser.until_text("main", "is disabled; enable the key again in the KMS");
+    assert_eq!(browser.text(".lines"), "");
+    browser.until_text(".title", "Revoked");
+    world.kms.enable(&cmk).unwrap();
+    browser.until_text(".lines", "order 29");
 }
 
 #[test]
@@ -529,6 +539,11 @@ fn without_access_keys_the_page_opens_and_says_so() {
     browser.open(&format!("http://{address}/console"));
     browser.until_text("main", "app/logs");
     browser.until_text("#banner", "every program on this machine may do everything");
+    // A page that came over plain HTTP from elsewhere cannot sign, and says so.
+    browser.open(&format!("http://sls.local:{}/console", address.port()));
+    browser.until_text("main", "only over HTTPS and on loopback addresses");
+    browser.open(&format!("http://localhost:{}/console", address.port()));
+    browser.until_text("main", "app/logs");
     // The service stops, and the page says so.
     let _ = stop.send(());
     serving.join().unwrap();

@@ -49,6 +49,8 @@ impl Browser {
             .args(["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu"])
             .args(["--no-first-run", "--disable-background-networking", "--disable-extensions"])
             .args(["--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars"])
+            // A name that is no loopback name, for the browser.
+            .arg("--host-resolver-rules=MAP sls.local 127.0.0.1")
             .arg(format!("--user-data-dir={}", profile.path().display()))
             .arg("about:blank")
             .stdin(Stdio::piped())
