@@ -16,7 +16,7 @@ use crate::{
     cursors::Cursors,
     error::Result,
     groups::GroupProgress,
-    service::{Open, Service},
+    service::{self, Open, Service},
 };
 
 /// How long figures are kept at least.
@@ -175,8 +175,9 @@ impl Figures {
     }
 
     async fn read_one(service: &Arc<Service>, name: &LogstoreName) -> Result<Known> {
-        let open: Open = open(service, name).await?;
-        let service = Arc::clone(service);
-        open.run(move |logstore| Ok(Known::read(&service, logstore))).await
+        let Open { logstore, .. } = open(service, name).await?;
+        let shared = Arc::clone(service);
+        // Nothing here calls a KMS, so it needs none of the threads that may hang with one.
+        service::run(move || Ok(Known::read(&shared, &logstore))).await
     }
 }
