@@ -82,7 +82,8 @@ impl Asked {
 
     fn matches(&self, row: &Row) -> bool {
         let has_state = |state: &String| *state == row.key.state.name();
-        self.state.as_ref().is_none_or(has_state) && row.name.to_string().contains(&self.filter)
+        self.state.as_ref().is_none_or(has_state)
+            && (self.filter.is_empty() || row.name.to_string().contains(&self.filter))
     }
 
     /// Sorts rows that are in the order of their names, which stays that of equal rows.
