@@ -211,6 +211,10 @@ pub struct LogstoreMetrics {
     pub groups: u64,
     /// The bytes of these groups, before compression.
     pub bytes: u64,
+    /// Bytes of groups opened to be read since then, framing included, after decompression.
+    pub bytes_read: u64,
+    /// Uses of the key that were refused since then.
+    pub refusals: u64,
     /// Groups that wait to be written.
     pub queued_groups: u64,
     /// The bytes of the groups that wait.
@@ -219,7 +223,16 @@ pub struct LogstoreMetrics {
 
 impl LogstoreMetrics {
     pub(crate) fn new(name: LogstoreName, key: KeyStatus) -> Self {
-        Self { name, key, groups: 0, bytes: 0, queued_groups: 0, queued_bytes: 0 }
+        Self {
+            name,
+            key,
+            groups: 0,
+            bytes: 0,
+            bytes_read: 0,
+            refusals: 0,
+            queued_groups: 0,
+            queued_bytes: 0,
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use common::{
     *,
 };
 use envelog::{
-    KeyState, LogstoreSpec,
+    KeyState, LogstoreSpec, ReadOptions,
     kms::RevokedReason,
     metrics::{LATENCY_BUCKETS_US, StoreMetrics},
 };
@@ -146,6 +146,25 @@ fn latencies_and_queues_are_measured() {
     assert_eq!((appends.histogram[0], appends.histogram[bucket(100_000)]), (1, 3));
 }
 
+#[test]
+fn reads_and_refusals_are_counted_by_logstore() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    let (mine, other) = (world.byok(&store, "p/mine", &cmk), world.service(&store, "p/other"));
+    put(&mine, "0123456789");
+    put(&other, "0123456789");
+    assert_eq!(mine.read(0, &ReadOptions::default()).unwrap().count(), 1);
+    world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
+    assert!(mine.revalidate_now().is_err());
+    assert!(try_put(&mine, "refused").is_err());
+    let metrics = store.metrics();
+    let figures: Vec<_> = metrics.logstores.iter().map(|it| (it.bytes_read, it.refusals)).collect();
+    let read: u64 = metrics.bytes.iter().map(|it| it.read).sum();
+    assert!(read > 10 && metrics.refusals.disabled > 0, "{metrics:?}");
+    assert_eq!(figures, [(read, metrics.refusals.disabled), (0, 0)]);
+}
+
 #[cfg(feature = "prometheus")]
 #[test]
 fn metrics_are_text_for_prometheus() {
@@ -165,6 +184,8 @@ fn metrics_are_text_for_prometheus() {
         "envelog_kms_call_seconds_count{outcome=\"revoked\"} 1".to_owned(),
         "envelog_logstore_groups_total{logstore=\"p/byok\"} 2".to_owned(),
         "envelog_logstore_key_usable{logstore=\"p/byok\"} 0.0".to_owned(),
+        "envelog_logstore_read_bytes_total{logstore=\"p/byok\"} 0".to_owned(),
+        "envelog_logstore_refusals_total{logstore=\"p/byok\"} 1".to_owned(),
         "envelog_groups_lost_total 0".to_owned(),
         format!("envelog_lease_usable{{cmk=\"{key}\",region=\"cn-hangzhou\",of=\"shared\"}} 0.0"),
     ] {

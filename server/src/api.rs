@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::{
     auth::{Caller, Right},
     call::Call,
+    console::View,
     cursors::{self, shard_of},
     error::{ApiError, Result},
     groups, logstores, pull,
@@ -43,6 +44,7 @@ enum Action {
     GetLogs(String),
     GetLogsOfQuery(String),
     Histograms(String),
+    Console(View),
 }
 
 /// A call that its caller may do, before its body is read.
@@ -58,7 +60,7 @@ impl Plan {
     /// 400 if the service has no such call, and 401 if the caller may not do it.
     pub(crate) fn of(call: &Call, caller: &Caller) -> Result<Self> {
         let (action, right) = action_of(call)?;
-        if matches!(action, Action::CreateProject | Action::ListProjects) {
+        if matches!(action, Action::CreateProject | Action::ListProjects | Action::Console(_)) {
             // Their projects are not in the host: they check the right themselves.
             return Ok(Self { action, project: String::new() });
         }
@@ -111,6 +113,7 @@ impl Plan {
         match self.action {
             Action::CreateProject => logstores::create_project(service, caller, &body).await,
             Action::ListProjects => logstores::list_projects(service, caller, &call),
+            Action::Console(view) => view.answer(service, caller, &call).await,
             Action::GetProject | Action::UpdateProject | Action::DeleteProject => {
                 self.run_project(service, body).await
             }
@@ -224,6 +227,9 @@ fn action_of(call: &Call) -> Result<(Action, Right)> {
         ("DELETE", []) => (Action::DeleteProject, Right::Admin),
         ("POST", ["logstores"]) => (Action::CreateLogstore, Right::Admin),
         ("GET", ["logstores"]) => (Action::ListLogstores, Right::Look),
+        ("GET", ["console", "api", view]) => {
+            (Action::Console(View::named(view).ok_or_else(|| unknown(call))?), Right::Look)
+        }
         (method, ["logstores", name]) => of_logstore(call, method, name, kind)?,
         (method, ["logstores", name, rest @ ..]) => below_logstore(call, method, name, rest, kind)?,
         _ => return Err(unknown(call)),

@@ -17,6 +17,7 @@ use crate::{
     api::Plan,
     auth::authenticate,
     call::Call,
+    console,
     error::{ApiError, Result},
     memory::Memory,
     metrics,
@@ -46,6 +47,7 @@ pub(crate) async fn handle(
     {
         return Ok(answer.into_response(&id));
     }
+    let of_console = console::owns(request.uri().path());
     let answer = match call(&service, request).await {
         Ok(answer) => answer,
         Err(error) => {
@@ -55,6 +57,7 @@ pub(crate) async fn handle(
         }
     };
     service.counters.answered();
+    let answer = if of_console { console::guard(answer) } else { answer };
     Ok(answer.into_response(&id))
 }
 
@@ -83,7 +86,7 @@ async fn operation(service: &Arc<Service>, peer: SocketAddr, path: &str) -> Opti
             let text = service::run(move || Ok(metrics::text(&shared))).await;
             text.map_or_else(|error| error.answer(), metrics::answer)
         }
-        _ => return None,
+        path => return console::file(path, service.keys.is_some()),
     })
 }
 

@@ -27,6 +27,7 @@ mod api;
 mod auth;
 mod call;
 mod compression;
+mod console;
 mod cursors;
 mod error;
 mod groups;

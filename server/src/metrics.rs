@@ -6,6 +6,7 @@ use std::{
 };
 
 use hyper::StatusCode;
+use serde_json::{Value, json};
 
 use crate::{response::Answer, service::Service};
 
@@ -39,6 +40,17 @@ impl Counters {
     pub(crate) fn refused(&self, status: StatusCode) {
         let counter = if status.is_server_error() { &self.failed } else { &self.refused };
         counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The counts, for the console.
+    pub(crate) fn json(&self) -> Value {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        json!({
+            "answered": read(&self.answered),
+            "refused": read(&self.refused),
+            "failed": read(&self.failed),
+            "connections": read(&self.connections),
+        })
     }
 
     pub(crate) fn connection(&self) -> Connection<'_> {

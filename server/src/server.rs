@@ -26,6 +26,7 @@ use tokio_io_timeout::TimeoutStream;
 
 use crate::{
     auth::{AccessKeys, KeysError},
+    console::Console,
     groups::Groups,
     http,
     memory::Budget,
@@ -325,6 +326,7 @@ fn open(
         groups,
         memory: Budget::new(settings.memory_max),
         counters: Counters::default(),
+        console: Console::default(),
         stopping,
         open: OpenLogstores::default(),
     })

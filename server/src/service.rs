@@ -13,6 +13,7 @@ use tokio::{
 
 use crate::{
     auth::AccessKeys,
+    console::Console,
     error::{ApiError, Result},
     groups::Groups,
     memory::Budget,
@@ -37,6 +38,7 @@ pub(crate) struct Service {
     pub(crate) groups: Groups,
     pub(crate) memory: Budget,
     pub(crate) counters: Counters,
+    pub(crate) console: Console,
     /// Becomes true when the service is to stop.
     pub(crate) stopping: watch::Receiver<bool>,
     pub(crate) open: OpenLogstores,

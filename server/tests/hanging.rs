@@ -98,6 +98,20 @@ fn calls_that_wait_for_a_kms_hold_up_their_own_logstore_alone() {
         let pull = pull_target("other", 0, begin["cursor"].as_str().unwrap());
         let pulled = exchange(address, &Ask::new("GET", &pull).signed());
         assert_eq!(pulled.header("x-log-count"), "1");
+        // The console shows both Logstores.
+        let look = |view: &str| {
+            let answer = exchange(address, &Ask::new("GET", view).signed());
+            assert_eq!(answer.status, 200, "{view}: {}", answer.text());
+            answer.json()
+        };
+        let overview = look("/console/api/overview");
+        for row in overview["logstores"].as_array().unwrap() {
+            assert!(row["figures"]["stored"].is_u64(), "{row}");
+        }
+        let hung = look("/console/api/logstore?project=app&logstore=hung");
+        assert_eq!(hung["shards"].as_array().unwrap().len(), 1, "{hung}");
+        let tail = look("/console/api/tail?project=app&logstore=other&back=9");
+        assert_eq!(tail["logs"].as_array().unwrap().len(), 1, "{tail}");
         // None of them was given up to make room.
         assert!(calls.iter().all(|call| !call.is_finished()));
         kms.hang(false);

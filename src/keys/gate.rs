@@ -30,15 +30,19 @@ use super::{
 use crate::{
     Error, Result,
     config::LogstoreName,
-    crypto::{CryptoProvider, SecretKey, SegmentCipher, tags_equal},
+    crypto::{CryptoProvider, SecretKey, SegmentCipher, Suite, tags_equal},
     error::Location,
     ids::{LogstoreId, SegmentId, StoreId, hex_decode},
     io::Clock,
     key_status::{KeyState, KeyStatus, Refusal},
     kms::Cmk,
-    metrics::Counters,
+    metrics::{Counters, LogstoreMetrics},
     segment::{DecodedHeader, KeySource, SegmentHeader},
-    sync::{LockRank, Mutex, RwLock, lock, read, write},
+    sync::{
+        LockRank, Mutex, RwLock,
+        atomic::{AtomicU64, Ordering},
+        lock, read, write,
+    },
 };
 
 /// The most segment keys that a Logstore keeps derived. More are derived again when needed.
@@ -122,6 +126,14 @@ pub(crate) struct Gate {
     writer_watch: OnceLock<WriterWatch>,
     /// How many readers are in a segment under each key, dropped segments included.
     readers: Mutex<BTreeMap<KeySource, usize>>,
+    used: Used,
+}
+
+/// How often and for how much the keys were used, since the Logstore was opened.
+#[derive(Default)]
+struct Used {
+    bytes_read: AtomicU64,
+    refusals: AtomicU64,
 }
 
 /// A reader is in a segment under a key as long as this lives.
@@ -170,6 +182,7 @@ impl Gate {
             halted: Mutex::new(LockRank::GateHalted, None),
             writer_watch: OnceLock::new(),
             readers: Mutex::new(LockRank::GateReaders, BTreeMap::new()),
+            used: Used::default(),
         }
     }
 
@@ -229,10 +242,23 @@ impl Gate {
         for lease in lease.iter().chain(&standby) {
             era += lease.admit().map_err(|refusal| {
                 self.context.counters.refused(&refusal);
+                self.used.refusals.fetch_add(1, Ordering::Relaxed);
                 self.refused(&refusal, lease.cmk())
             })?;
         }
         Ok(KeyEra(era))
+    }
+
+    /// Counts a block that was opened to be read.
+    pub(crate) fn count_read(&self, suite: Suite, bytes: u64) {
+        self.context.counters.read(suite, bytes);
+        self.used.bytes_read.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Adds the figures of the keys.
+    pub(crate) fn add_to(&self, metrics: &mut LogstoreMetrics) {
+        metrics.bytes_read += self.used.bytes_read.load(Ordering::Relaxed);
+        metrics.refusals += self.used.refusals.load(Ordering::Relaxed);
     }
 
     /// Whether [`Gate::admit`] decides without a KMS call, now and for a while. If not, starts a

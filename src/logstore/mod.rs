@@ -317,6 +317,7 @@ impl LogstoreShared {
     /// The figures since the Logstore was opened.
     pub(crate) fn metrics(&self) -> LogstoreMetrics {
         let mut metrics = LogstoreMetrics::new(self.name.clone(), self.gate.status());
+        self.gate.add_to(&mut metrics);
         self.shards.iter().for_each(|shard| shard.add_to(&mut metrics));
         metrics
     }

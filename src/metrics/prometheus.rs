@@ -145,6 +145,10 @@ impl Figures {
         out.counters("logstore_groups", "Groups written", &groups)?;
         let bytes: Vec<_> = logstores.iter().map(|it| (name(it), it.bytes)).collect();
         out.counters("logstore_bytes", "Bytes of groups written, before compression", &bytes)?;
+        let read: Vec<_> = logstores.iter().map(|it| (name(it), it.bytes_read)).collect();
+        out.counters("logstore_read_bytes", "Bytes of groups read, after decompression", &read)?;
+        let refused: Vec<_> = logstores.iter().map(|it| (name(it), it.refusals)).collect();
+        out.counters("logstore_refusals", "Refused uses of the key", &refused)?;
         let queued: Vec<_> =
             logstores.iter().map(|it| (name(it), it.queued_groups as f64)).collect();
         out.gauges("logstore_queued_groups", "Groups that wait to be written", &queued)?;

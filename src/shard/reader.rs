@@ -563,9 +563,7 @@ impl Reader {
                     cursor.prove_passed(gate)?;
                     let at = cursor.here();
                     let raw = Bytes::from(cursor.open(gate)?);
-                    gate.context()
-                        .counters
-                        .read(cursor.opened.header.suite, header.list_len.into());
+                    gate.count_read(cursor.opened.header.suite, header.list_len.into());
                     if header.first_seq >= self.end_seq {
                         self.ended = true;
                         return Ok(false);

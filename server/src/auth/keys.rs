@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustix::fs::{Mode, OFlags};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::Right;
@@ -70,7 +70,7 @@ pub(crate) struct AccessKey {
     pass_roles: Vec<String>,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, Serialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 enum Allowed {
     Read,
@@ -89,14 +89,34 @@ impl AccessKey {
         self.secret.as_bytes()
     }
 
-    pub(super) fn may(&self, right: Right, project: &str) -> bool {
-        let allowed = match right {
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn projects(&self) -> &[String] {
+        &self.projects
+    }
+
+    /// The names of its permissions.
+    pub(crate) fn allowed(&self) -> &[impl Serialize] {
+        &self.allow
+    }
+
+    fn allows(&self, right: Right) -> bool {
+        match right {
             Right::Read => self.allow.contains(&Allowed::Read),
             Right::Write => self.allow.contains(&Allowed::Write),
             Right::Admin => self.allow.contains(&Allowed::Admin),
             Right::Look => !self.allow.is_empty(),
-        };
-        allowed && self.projects.iter().any(|pattern| matches(pattern, project))
+        }
+    }
+
+    pub(super) fn may(&self, right: Right, project: &str) -> bool {
+        self.allows(right) && self.projects.iter().any(|pattern| matches(pattern, project))
+    }
+
+    pub(super) fn may_everywhere(&self, right: Right) -> bool {
+        self.allows(right) && self.projects.iter().any(|pattern| pattern == "*")
     }
 
     pub(super) fn may_pass(&self, arn: &str) -> bool {

@@ -3,8 +3,8 @@
 mod keys;
 mod signature;
 
-pub(crate) use keys::AccessKeys;
 pub use keys::KeysError;
+pub(crate) use keys::{AccessKey, AccessKeys};
 pub(crate) use signature::{BodyDigest, Signed};
 
 use std::time::SystemTime;
@@ -62,6 +62,22 @@ impl Caller {
         match self {
             Self::Local => true,
             Self::Key(key) => key.may(right, project),
+        }
+    }
+
+    /// Whether the caller has the right in every project, those to come included.
+    pub(crate) fn may_everywhere(&self, right: Right) -> bool {
+        match self {
+            Self::Local => true,
+            Self::Key(key) => key.may_everywhere(right),
+        }
+    }
+
+    /// The access key, if there are any.
+    pub(crate) fn key(&self) -> Option<&AccessKey> {
+        match self {
+            Self::Local => None,
+            Self::Key(key) => Some(key),
         }
     }
 

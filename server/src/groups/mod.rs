@@ -3,8 +3,10 @@
 
 mod api;
 mod assign;
+mod progress;
 
 pub(crate) use api::route;
+pub(crate) use progress::{GroupProgress, ShardProgress};
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -209,7 +211,7 @@ fn file_name(name: &str) -> String {
     Sha256::digest(name.as_bytes())[..16].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn now_us() -> u64 {
+pub(crate) fn now_us() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
