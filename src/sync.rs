@@ -134,12 +134,16 @@ pub(crate) enum LockRank {
     ReadAhead,
     /// The active segment as readers see it.
     ActiveView,
-    /// A payload that is being hashed.
-    HashJob,
-    /// The payloads that wait to be hashed.
-    HasherJobs,
-    /// The thread that hashes.
-    HasherThread,
+    /// The plaintext that a helper works on.
+    HelperScratch,
+    /// Work that a helper may do, and its result.
+    Deferred,
+    /// The buffers for the next blocks.
+    HelperBuffers,
+    /// The work that waits for a helper.
+    HelperJobs,
+    /// The threads that help.
+    HelperThreads,
     /// The memory for groups that are not written yet.
     Budget,
     /// The lease of the service key.

@@ -266,6 +266,11 @@ impl SealBuffer {
         &mut self.0
     }
 
+    /// How many bytes it has room for.
+    pub(crate) fn capacity(&self) -> usize {
+        self.0.capacity()
+    }
+
     /// The number of payload bytes appended so far.
     pub(crate) fn payload_len(&self) -> usize {
         self.0.len() - Self::PAYLOAD_AT

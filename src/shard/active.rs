@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{hashing::PayloadHash, record::Head};
 use crate::{
     io::DiskFile,
-    segment::{BlockHeader, DecodedHeader, Footer, FooterBuilder, SealBuffer},
+    segment::{BlockHeader, DecodedHeader, Footer, FooterBuilder},
     sync::{LockRank, Mutex, lock},
 };
 
@@ -19,19 +19,18 @@ pub(crate) struct ActiveView {
 
 impl ActiveView {
     pub(super) fn new(file: Arc<dyn DiskFile>, header: Arc<DecodedHeader>) -> Arc<Self> {
-        let (builder, visible, spare) =
-            (FooterBuilder::of(&header), header.body_start, SealBuffer::default());
+        let (builder, visible) = (FooterBuilder::of(&header), header.body_start);
         Arc::new(Self {
             file,
             header,
             progress: Mutex::new(
                 LockRank::ActiveView,
-                Progress { visible, builder, pending: None, spare },
+                Progress { visible, builder, pending: None },
             ),
         })
     }
 
-    /// Adds a block that has been written and ends at `end`. Returns a buffer for the next block.
+    /// Adds a block that has been written and ends at `end`.
     pub(super) fn add(
         &self,
         offset: u64,
@@ -39,13 +38,12 @@ impl ActiveView {
         payload_hash: PayloadHash,
         tag: &[u8; 16],
         end: u64,
-    ) -> SealBuffer {
+    ) {
         let mut progress = lock(&self.progress);
         progress.settle();
         progress.builder.count(offset, header);
         progress.pending = Some(PendingBlock { header: *header, payload_hash, tag: *tag });
         progress.visible = end;
-        std::mem::take(&mut progress.spare)
     }
 
     /// How far the file may be read.
@@ -77,8 +75,6 @@ struct Progress {
     /// Counts all blocks. Its digest lacks the last one while that block is pending.
     builder: FooterBuilder,
     pending: Option<PendingBlock>,
-    /// For the next block.
-    spare: SealBuffer,
 }
 
 /// A block that the digest does not cover yet.
@@ -92,9 +88,7 @@ impl Progress {
     /// Adds the last block to the digest.
     fn settle(&mut self) -> &FooterBuilder {
         if let Some(PendingBlock { header, payload_hash, tag }) = self.pending.take() {
-            let (payload_hash, buffer) = payload_hash.settle();
-            self.builder.add_to_digest(&header, &payload_hash, &tag);
-            self.spare = buffer;
+            self.builder.add_to_digest(&header, &payload_hash.settle(), &tag);
         }
         &self.builder
     }

@@ -467,6 +467,19 @@ impl GroupCommit {
         self.lock().take_batch(self.block_bytes)
     }
 
+    /// Takes a batch, and up to `more` further ones if the queue fills their blocks.
+    pub(super) fn take_run(&self, more: usize) -> Vec<Vec<Pending>> {
+        let mut state = self.lock();
+        let mut run: Vec<_> = state.take_batch(self.block_bytes).into_iter().collect();
+        while run.len() <= more
+            && state.queued_bytes >= self.block_bytes
+            && let Some(batch) = state.take_batch(self.block_bytes)
+        {
+            run.push(batch);
+        }
+        run
+    }
+
     /// Whether the leader must sync now. `own` is the group that it waits for. `at_once`: sync now,
     /// even if queued groups could share the fsync.
     pub(super) fn wants_sync(&self, own: Option<u64>, at_once: bool) -> bool {
@@ -485,7 +498,7 @@ impl GroupCommit {
         let mut state = self.lock();
         state.written = to;
         state.tasks.wrote(to);
-        state.in_hand = LostGroups::default();
+        state.in_hand.written(to);
         state.retry_at = Duration::ZERO;
         if let Some(reserved) = reserved {
             state.limit_seq = reserved.limit_seq;
@@ -505,7 +518,7 @@ impl GroupCommit {
     /// The appends in `range` have failed with `error`.
     pub(super) fn fail(&self, range: Range<u64>, error: &Error) {
         let mut state = self.lock();
-        state.gave_up |= std::mem::take(&mut state.in_hand).groups > 0;
+        state.gave_up |= state.in_hand.take().groups > 0;
         state.fail(range, false, error);
     }
 
@@ -569,7 +582,7 @@ impl GroupCommit {
         let mut state = self.lock();
         state.expiry.finish();
         let mut dropped = state.drop_queue();
-        dropped.lost.merge(std::mem::take(&mut state.in_hand));
+        dropped.lost.merge(state.in_hand.take());
         if let Some(error) = state.expiry.error.clone() {
             state.end_all(&error);
             state.refuse_handed_over(&error, &mut dropped);
@@ -714,7 +727,7 @@ impl GroupCommit {
     /// Returns how much of the budget the queued groups held.
     pub(super) fn latch(&self, cause: Arc<Error>, error: &Error) -> usize {
         let mut state = self.lock();
-        let in_hand = std::mem::take(&mut state.in_hand);
+        let in_hand = state.in_hand.take();
         state.gave_up |= in_hand.groups > 0
             || state.written > state.synced
             || state.queue.iter().any(|pending| pending.group.acked);
@@ -866,6 +879,34 @@ struct WriterDemand {
     releases: u64,
 }
 
+/// The acknowledged groups of the batches that the leader has, and one past the last group of each.
+#[derive(Default)]
+struct InHand(VecDeque<(u64, LostGroups)>);
+
+impl InHand {
+    fn add(&mut self, batch: &[Pending]) {
+        let mut acked = LostGroups::default();
+        for pending in batch.iter().filter(|pending| pending.group.acked) {
+            acked.add(pending.seq);
+        }
+        self.0.extend(batch.last().map(|last| (last.seq + 1, acked)));
+    }
+
+    /// Everything below `to` is written.
+    fn written(&mut self, to: u64) {
+        while self.0.front().is_some_and(|(end, _)| *end <= to) {
+            self.0.pop_front();
+        }
+    }
+
+    /// The leader has none any more. Returns the groups.
+    fn take(&mut self) -> LostGroups {
+        let mut all = LostGroups::default();
+        self.0.drain(..).for_each(|(_, acked)| all.merge(acked));
+        all
+    }
+}
+
 #[derive(Default)]
 struct State {
     /// Whether a segment reserves the numbers that are handed out.
@@ -884,8 +925,7 @@ struct State {
     queued_bytes: usize,
     /// One past the last group that was taken off the queue.
     taken: u64,
-    /// The acknowledged groups of the batch that the leader has.
-    in_hand: LostGroups,
+    in_hand: InHand,
     /// Whether the failure that has latched the writer has ended acknowledged groups that were not
     /// synced: they may be lost.
     gave_up: bool,
@@ -1068,9 +1108,7 @@ impl State {
             batch.extend(self.queue.pop_front());
         }
         self.taken = batch.last().map_or(self.taken, |last| last.seq + 1);
-        for pending in batch.iter().filter(|pending| pending.group.acked) {
-            self.in_hand.add(pending.seq);
-        }
+        self.in_hand.add(&batch);
         Some(batch)
     }
 
@@ -1108,7 +1146,7 @@ impl State {
         }
         self.queued_bytes = kept.iter().map(|pending| pending.group.bytes.len()).sum();
         self.queue = kept;
-        self.in_hand = LostGroups::default();
+        self.in_hand.take();
         self.taken = self.written;
         dropped
     }
@@ -1205,6 +1243,34 @@ mod tests {
         assert_eq!(numbers(commit.take_batch()), [0, 1]);
         assert_eq!(numbers(commit.take_batch()), [2, 3]);
         assert_eq!(numbers(filled(1).take_batch()), [0]);
+    }
+
+    #[test]
+    fn a_run_has_further_batches_only_if_they_are_full() {
+        let filled = || {
+            let commit = open(2 * 102);
+            submit_all(&commit, (0..7).map(|_| group(100, 0, true)));
+            commit
+        };
+        let seqs = |run: Vec<Vec<Pending>>| -> Vec<Vec<u64>> {
+            run.into_iter().map(|batch| numbers(Some(batch))).collect()
+        };
+        assert_eq!(seqs(filled().take_run(0)), [[0, 1]]);
+        let commit = filled();
+        assert_eq!(seqs(commit.take_run(7)), [vec![0, 1], vec![2, 3], vec![4, 5]]);
+        assert_eq!(seqs(commit.take_run(7)), [[6]]);
+        assert!(commit.take_run(7).is_empty());
+    }
+
+    #[test]
+    fn the_groups_in_hand_are_those_that_are_not_written() {
+        let commit = open(2 * 102);
+        submit_all(&commit, (0..7).map(|n| group(100, 0, n != 3)));
+        assert_eq!(commit.take_run(7).len(), 3);
+        commit.written(2, None);
+        // With the one that is queued.
+        let lost = commit.finish_expiry(false).lost;
+        assert_eq!(lost, LostGroups { groups: 4, first_seq: 2, last_seq: 6 });
     }
 
     #[test]

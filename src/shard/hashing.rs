@@ -1,171 +1,57 @@
 //! Payload hashes, computed in parallel with the writing of blocks.
 //!
-//! The digest of a segment covers each payload, and hashing a payload takes about as long as
-//! sealing it. So another thread hashes the payload of a written block while the writer makes the
-//! next one. That thread never delays a writer: a thread that needs a hash which is not begun
-//! computes it itself.
+//! The digest of a segment covers each payload. A helper hashes the payload of a written block
+//! while the writer makes the next one.
 
-use std::{collections::VecDeque, io, sync::Arc, thread::JoinHandle};
+use std::sync::Arc;
 
+use super::helpers::{Deferred, Helpers, Scratch};
 use crate::{
     crypto::{HashAlg, hash},
     segment::SealBuffer,
-    sync::{Condvar, LockRank, Mutex, lock, wait},
 };
 
 /// A payload shorter than this, in bytes, is hashed at once: waking a thread takes longer.
 const BESIDE_BYTES_MIN: usize = 16 << 10;
-/// How many blocks may wait for the thread. The writer hashes any further block at once.
-const JOBS_MAX: usize = 16;
 
-/// Hashes the payloads of a store. Without its thread it hashes each payload at once.
-pub(crate) struct PayloadHasher {
-    queue: Arc<Queue>,
-    thread: Mutex<Option<JoinHandle<()>>>,
-    /// Whether it hashes at all. Only a benchmark that discards its store turns this off.
-    on: bool,
-}
+/// The hash of a payload, which may not be computed yet.
+pub(crate) struct PayloadHash(Arc<Deferred<Block, [u8; 32]>>);
 
-struct Queue {
-    jobs: Mutex<Jobs>,
-    changed: Condvar,
-}
-
-impl Default for Queue {
-    fn default() -> Self {
-        Self { jobs: Mutex::new(LockRank::HasherJobs, Jobs::default()), changed: Condvar::new() }
-    }
-}
-
-#[derive(Default)]
-struct Jobs {
-    waiting: VecDeque<Arc<Job>>,
-    /// Whether there is a thread that takes jobs.
-    taken: bool,
-}
-
-/// A block whose payload is to be hashed.
-struct Job {
+/// A completed block whose payload is to be hashed.
+struct Block {
     algorithm: HashAlg,
-    state: Mutex<State>,
-    done: Condvar,
+    buffer: SealBuffer,
+    helpers: Arc<Helpers>,
 }
 
-enum State {
-    Waiting(SealBuffer),
-    /// A thread is hashing it.
-    Begun,
-    Done([u8; 32], SealBuffer),
-}
-
-/// The hash of a payload, which may not be computed yet, and the buffer with the block.
-pub(crate) struct PayloadHash(Arc<Job>);
-
-impl PayloadHasher {
-    pub(crate) fn new(on: bool) -> Arc<Self> {
-        Arc::new(Self {
-            queue: Arc::default(),
-            thread: Mutex::new(LockRank::HasherThread, None),
-            on,
-        })
-    }
-
-    /// Starts the thread.
-    pub(crate) fn spawn(&self) -> io::Result<()> {
-        let queue = Arc::clone(&self.queue);
-        lock(&queue.jobs).taken = true;
-        let thread = std::thread::Builder::new().name("envelog-hasher".to_owned());
-        let spawned = thread
-            .spawn(move || queue.work())
-            .inspect_err(|_| lock(&self.queue.jobs).taken = false)?;
-        *lock(&self.thread) = Some(spawned);
-        Ok(())
-    }
-
-    /// Ends the thread. Payloads that still wait for it are hashed when their hash is needed.
-    pub(crate) fn stop(&self) {
-        lock(&self.queue.jobs).taken = false;
-        self.queue.changed.notify_all();
-        if let Some(thread) = lock(&self.thread).take() {
-            let _ = thread.join();
-        }
-    }
-
-    /// Hashes the payload of a completed block.
-    pub(crate) fn hash(&self, algorithm: HashAlg, block: SealBuffer) -> PayloadHash {
-        let job = |state| {
-            Arc::new(Job {
-                algorithm,
-                state: Mutex::new(LockRank::HashJob, state),
-                done: Condvar::new(),
-            })
-        };
-        if !self.on {
-            return PayloadHash(job(State::Done([0; 32], block)));
-        }
-        let long = block.stored_payload().len() >= BESIDE_BYTES_MIN;
-        let pending = PayloadHash(job(State::Waiting(block)));
-        if !(long && self.queue.push(&pending.0)) {
-            pending.0.run();
-        }
-        pending
-    }
-}
-
-impl Queue {
-    /// Queues a job for the thread. `false` if there is no thread, or no room.
-    fn push(&self, job: &Arc<Job>) -> bool {
-        let mut jobs = lock(&self.jobs);
-        let room = jobs.taken && jobs.waiting.len() < JOBS_MAX;
-        if room {
-            jobs.waiting.push_back(Arc::clone(job));
-            self.changed.notify_one();
-        }
-        room
-    }
-
-    fn work(&self) {
-        let mut jobs = lock(&self.jobs);
-        while jobs.taken {
-            let Some(job) = jobs.waiting.pop_front() else {
-                jobs = wait(&self.changed, jobs);
-                continue;
-            };
-            drop(jobs);
-            job.run();
-            jobs = lock(&self.jobs);
-        }
-    }
-}
-
-impl Job {
-    /// Hashes the payload, unless another thread has begun to.
-    fn run(&self) {
-        let begun = std::mem::replace(&mut *lock(&self.state), State::Begun);
-        let state = match begun {
-            State::Waiting(block) => {
-                State::Done(hash(self.algorithm, &[block.stored_payload()]), block)
-            }
-            State::Begun => return,
-            done @ State::Done(..) => done,
-        };
-        *lock(&self.state) = state;
-        self.done.notify_all();
+impl Block {
+    /// Hashes the payload. The buffer is free for another block.
+    fn hash(self, _: &mut Scratch) -> [u8; 32] {
+        let hashed = hash(self.algorithm, &[self.buffer.stored_payload()]);
+        self.helpers.give_back(self.buffer);
+        hashed
     }
 }
 
 impl PayloadHash {
-    /// The hash, and the buffer for reuse. Hashes the payload if no thread has begun to, and waits
-    /// for a thread that has.
-    pub(crate) fn settle(self) -> ([u8; 32], SealBuffer) {
-        self.0.run();
-        let mut state = lock(&self.0.state);
-        loop {
-            match std::mem::replace(&mut *state, State::Begun) {
-                State::Done(hash, block) => return (hash, block),
-                _ => state = wait(&self.0.done, state),
-            }
+    /// Hashes the payload of a completed block.
+    pub(super) fn of(helpers: &Arc<Helpers>, algorithm: HashAlg, buffer: SealBuffer) -> Self {
+        if !helpers.hashes() {
+            helpers.give_back(buffer);
+            return Self(Deferred::known([0; 32], Block::hash));
         }
+        let long = buffer.stored_payload().len() >= BESIDE_BYTES_MIN;
+        let block = Block { algorithm, buffer, helpers: Arc::clone(helpers) };
+        let pending = Deferred::new(block, Block::hash);
+        if !(long && helpers.push(&pending)) {
+            pending.run(&mut Scratch::default());
+        }
+        Self(pending)
+    }
+
+    /// The hash. Hashes the payload if no thread has begun to, and waits for a thread that has.
+    pub(crate) fn settle(self) -> [u8; 32] {
+        self.0.settle(&mut Scratch::default())
     }
 }
 
@@ -213,73 +99,51 @@ mod tests {
 
     #[track_caller]
     fn check(pending: PayloadHash, algorithm: HashAlg, payload: &[u8]) {
-        let (hashed, buffer) = pending.settle();
-        assert_eq!(hashed, hash(algorithm, &[payload]));
-        assert_eq!(buffer.stored_payload(), payload);
+        assert_eq!(pending.settle(), hash(algorithm, &[payload]));
     }
 
     #[test]
     fn each_payload_gets_its_hash() {
         for threads in [false, true] {
-            let hasher = PayloadHasher::new(true);
+            let helpers = Helpers::new(true);
             if threads {
-                hasher.spawn().unwrap();
+                helpers.spawn().unwrap();
             }
             for algorithm in [HashAlg::Sha256, HashAlg::Sm3] {
                 // One behind, as a writer does it; then all at once, which is more than may wait.
                 let mut before = None;
                 for payload in payloads() {
-                    let pending = hasher.hash(algorithm, block(&payload));
+                    let pending = PayloadHash::of(&helpers, algorithm, block(&payload));
                     if let Some((pending, payload)) = before.replace((pending, payload)) {
                         check(pending, algorithm, &payload);
                     }
                 }
                 let pending: Vec<_> = payloads()
                     .into_iter()
-                    .map(|payload| (hasher.hash(algorithm, block(&payload)), payload))
+                    .map(|payload| (PayloadHash::of(&helpers, algorithm, block(&payload)), payload))
                     .collect();
                 for (pending, payload) in pending.into_iter().rev() {
                     check(pending, algorithm, &payload);
                 }
             }
-            hasher.stop();
+            helpers.stop();
         }
     }
 
     #[test]
-    fn many_writers_share_it() {
-        let hasher = PayloadHasher::new(true);
-        hasher.spawn().unwrap();
+    fn many_writers_share_the_helpers() {
+        let helpers = Helpers::new(true);
+        helpers.spawn().unwrap();
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for payload in payloads() {
-                        check(
-                            hasher.hash(HashAlg::Sha256, block(&payload)),
-                            HashAlg::Sha256,
-                            &payload,
-                        );
+                        let pending = PayloadHash::of(&helpers, HashAlg::Sha256, block(&payload));
+                        check(pending, HashAlg::Sha256, &payload);
                     }
                 });
             }
         });
-        hasher.stop();
-    }
-
-    #[test]
-    fn what_waits_when_it_ends_is_hashed_all_the_same() {
-        let hasher = PayloadHasher::new(true);
-        let payload = vec![5; BESIDE_BYTES_MIN];
-        // A thread that never comes.
-        lock(&hasher.queue.jobs).taken = true;
-        let waiting: Vec<_> =
-            (0..JOBS_MAX).map(|_| hasher.hash(HashAlg::Sm3, block(&payload))).collect();
-        assert_eq!(lock(&hasher.queue.jobs).waiting.len(), JOBS_MAX);
-        let beyond = hasher.hash(HashAlg::Sm3, block(&payload));
-        assert_eq!(lock(&hasher.queue.jobs).waiting.len(), JOBS_MAX);
-        hasher.stop();
-        for pending in waiting.into_iter().chain([beyond]) {
-            check(pending, HashAlg::Sm3, &payload);
-        }
+        helpers.stop();
     }
 }

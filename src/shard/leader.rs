@@ -16,6 +16,7 @@ use super::{
     Durability, Payload, Shard, Ticket,
     budget::AwaitsRoom,
     commit::{Flush, Group, Pending, Rejected, Resigned, Role, Stopped, Submitted, Term},
+    draft::Draft,
     handover::Claim,
     loss::{Locked, wipe_batch},
     recovery::Recovery,
@@ -45,6 +46,9 @@ const PLACE_AGAIN_AFTER: Duration = Duration::from_millis(20);
 const REOPEN_AFTER: Duration = Duration::from_secs(1);
 /// How often that time doubles while the disk stays full.
 const REOPEN_DOUBLINGS: u32 = 6;
+/// How many blocks beyond the first one a leader makes before it looks at the queue again. Helpers
+/// compress them meanwhile.
+const BLOCKS_MORE: usize = 7;
 /// How much of the budget a waiting group takes beyond its own bytes.
 const PENDING_BYTES: usize = size_of::<Pending>();
 
@@ -451,14 +455,14 @@ impl Shard {
         resigned
     }
 
-    /// Writes one block, and syncs once if a caller waits for that. The caller is the leader; `own`
-    /// is the group that it waits for.
+    /// Writes the blocks of one run, and syncs once if a caller waits for that. The caller is the
+    /// leader; `own` is the group that it waits for.
     ///
     /// # Errors
     /// The key may not be used. Any other failure latches the shard.
     fn write_and_sync(&self, mut writer: Locked<'_>, own: Option<u64>, keys: KeyUse) -> Result<()> {
-        let batch = self.commit.take_batch();
-        let written = batch.map_or(Ok(()), |batch| self.write_batch(&mut writer, batch, keys));
+        let run = self.commit.take_run(BLOCKS_MORE);
+        let written = self.write_run(&mut writer, run, keys);
         // Written blocks are synced for the callers that wait for it, whether or not the key may be
         // used.
         if self.commit.wants_sync(own, written.is_err() || writer.owes_sync()) {
@@ -467,67 +471,92 @@ impl Shard {
         written
     }
 
-    /// Makes a block of `batch`, writes it, and reports that to the group commit.
+    /// Makes a block of each batch, writes them in order, and reports that to the group commit.
     ///
     /// # Errors
     /// The key may not be used. Any other failure latches the shard.
-    pub(super) fn write_batch(
+    pub(super) fn write_run(
+        &self,
+        writer: &mut Locked<'_>,
+        batches: Vec<Vec<Pending>>,
+        keys: KeyUse,
+    ) -> Result<()> {
+        let mut run = writer.begin_run(batches);
+        while let Some(mut draft) = writer.next_draft(&mut run) {
+            let (from, to) = (draft.first_seq(), draft.end_seq());
+            let _span = trace_span!("append", logstore = %self.name(), shard = self.id(), from, to)
+                .entered();
+            let losses = self.gate().losses();
+            match self.write_block(writer, &mut draft, keys) {
+                Ok(()) => self.note_written(writer, draft.batch, keys, losses),
+                Err(error) => {
+                    let mut left = draft.batch;
+                    left.append(&mut writer.end_run(run));
+                    return self.not_written(writer, left, error, keys);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reports a block that was written while the key had been lost `losses` times.
+    fn note_written(&self, writer: &Locked<'_>, batch: Vec<Pending>, keys: KeyUse, losses: u64) {
+        self.count_written(&batch);
+        let charged: usize = batch.iter().map(|pending| pending.group.charged).sum();
+        let to = batch.last().map_or(0, |last| last.seq + 1);
+        if keys == KeyUse::Held || self.gate().losses() > losses {
+            wipe_batch(batch);
+        } else {
+            drop(batch);
+        }
+        self.context.budget.release(charged);
+        self.commit.written(to, writer.reserved().as_ref());
+    }
+
+    /// Groups that the leader has taken are not written, because of `error`.
+    ///
+    /// # Errors
+    /// The key may not be used. Any other failure latches the shard.
+    fn not_written(
         &self,
         writer: &mut Locked<'_>,
         batch: Vec<Pending>,
+        error: Error,
         keys: KeyUse,
     ) -> Result<()> {
-        let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(()) };
-        let (from, to) = (first.seq, last.seq + 1);
-        let _span =
-            trace_span!("append", logstore = %self.name(), shard = self.id(), from, to).entered();
         let charged: usize = batch.iter().map(|pending| pending.group.charged).sum();
-        let losses = self.gate().losses();
-        match self.write_block(writer, &batch, keys) {
-            Ok(()) => {
-                self.note_written(&batch);
-                if keys == KeyUse::Held || self.gate().losses() > losses {
-                    wipe_batch(batch);
-                } else {
-                    drop(batch);
-                }
-                self.context.budget.release(charged);
-                self.commit.written(to, writer.reserved().as_ref());
-                Ok(())
-            }
-            Err(error) if writer.is_deposed() => {
-                // The expiry has counted the groups.
-                wipe_batch(batch);
-                self.context.budget.release(charged);
-                Err(error)
-            }
-            Err(error) if self.commit.unfinished_expiry().is_some() => {
-                // The segment is given up anyway. Its key may be gone.
-                let error = self.commit.expiry_error().unwrap_or(error);
-                self.refuse(batch, &error);
-                Err(error)
-            }
-            Err(error) if keys != KeyUse::Held && is_refusal(&error) => {
-                self.refuse(batch, &error);
-                if !writer.is_open() {
-                    // The old segment is sealed and the new one could not be begun: no segment
-                    // reserves numbers any more.
-                    self.commit.suspend();
-                }
-                Err(error)
-            }
-            Err(error) => {
-                drop(batch);
-                self.context.budget.release(charged);
-                self.commit.fail(from..to, &error);
-                self.latch(writer, error);
-                Ok(())
-            }
+        if writer.is_deposed() {
+            // The expiry has counted the groups.
+            wipe_batch(batch);
+            self.context.budget.release(charged);
+            return Err(error);
         }
+        if self.commit.unfinished_expiry().is_some() {
+            // The segment is given up anyway. Its key may be gone.
+            let error = self.commit.expiry_error().unwrap_or(error);
+            self.refuse(batch, &error);
+            return Err(error);
+        }
+        if keys != KeyUse::Held && is_refusal(&error) {
+            self.refuse(batch, &error);
+            if !writer.is_open() {
+                // The old segment is sealed and the new one could not be begun: no segment
+                // reserves numbers any more.
+                self.commit.suspend();
+            }
+            return Err(error);
+        }
+        let from = batch.first().map_or(0, |first| first.seq);
+        let to = batch.last().map_or(from, |last| last.seq + 1);
+        drop(batch);
+        self.context.budget.release(charged);
+        self.commit.fail(from..to, &error);
+        self.latch(writer, error);
+        Ok(())
     }
 
     /// Counts groups that were written.
-    fn note_written(&self, batch: &[Pending]) {
+    fn count_written(&self, batch: &[Pending]) {
         self.timers.wrote();
         let now = self.context.clock.uptime();
         let after = batch.iter().map(|pending| now.saturating_sub(pending.group.submitted));
@@ -538,9 +567,9 @@ impl Shard {
     }
 
     /// Writes one block, and rolls first if the active segment does not take it.
-    fn write_block(&self, writer: &mut Locked<'_>, batch: &[Pending], keys: KeyUse) -> Result<()> {
+    fn write_block(&self, writer: &mut Locked<'_>, draft: &mut Draft, keys: KeyUse) -> Result<()> {
         if keys != KeyUse::Held
-            && let Some(first) = batch.first()
+            && let Some(first) = draft.batch.first()
             && !writer.takes_another_block(first.group.time_us)
         {
             if writer.is_open() {
@@ -553,7 +582,7 @@ impl Shard {
             writer.set_next(Next { first_seq: first.seq, ..next });
             self.begin_segment(writer, keys, Some(first.group.time_us))?;
         }
-        writer.write_block(batch, keys)?;
+        writer.write_block(draft, keys)?;
         self.env.check_fence()
     }
 

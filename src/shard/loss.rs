@@ -222,7 +222,7 @@ impl Shard {
             && let Some(batch) = self.commit().take_batch()
         {
             // A failure latches the shard, which empties the queue.
-            let _ = self.write_batch(writer, batch, KeyUse::Held);
+            let _ = self.write_run(writer, vec![batch], KeyUse::Held);
         }
     }
 

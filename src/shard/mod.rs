@@ -18,7 +18,7 @@
 //! | the list ([`segments::SegmentList`]) | which segments there are | the record | I/O: listing |
 //! | the record ([`segments::SegmentList`]) | the catalogue's record | none | none |
 //! | the chain ([`chain::Chain`]) | which segments are proved | none | none |
-//! | the view ([`active::ActiveView`]) | progress of the active segment | the hasher's | none |
+//! | the view ([`active::ActiveView`]) | progress of the active segment | the helpers' | none |
 //! | the unrecorded head, the notices, the lost groups ([`Shard`]) | one value each | none | none |
 //!
 //! Only [`Shard`] holds two locks of this table at once, and then the first of them is the
@@ -32,9 +32,11 @@ mod chain;
 mod commit;
 mod control;
 mod copying;
+mod draft;
 mod follow;
 mod handover;
 mod hashing;
+mod helpers;
 mod leader;
 mod listing;
 mod loss;
@@ -84,7 +86,7 @@ pub(crate) use copying::{CopySource, Extent};
 #[cfg(feature = "stream")]
 pub use follow::FollowStream;
 pub use follow::{Follow, WaitFor};
-pub(crate) use hashing::PayloadHasher;
+pub(crate) use helpers::Helpers;
 use leader::{KMS_RETRY_AFTER, Timers};
 pub(crate) use listing::SegmentRef;
 use loss::Lost;
@@ -160,7 +162,7 @@ pub(crate) struct ShardContext {
     pub(crate) random: Arc<dyn Random>,
     pub(crate) wake: Arc<dyn Wake>,
     pub(crate) budget: Arc<Budget>,
-    pub(crate) hasher: Arc<PayloadHasher>,
+    pub(crate) helpers: Arc<Helpers>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) options: ShardOptions,
     pub(crate) read_only: bool,
@@ -217,7 +219,7 @@ impl Shard {
             random: Arc::clone(&context.random),
             gate: Arc::clone(&context.gate),
             plan: Arc::clone(&context.plan),
-            hasher: Arc::clone(&context.hasher),
+            helpers: Arc::clone(&context.helpers),
             fence: context.fence.clone(),
             options: context.options,
         });

@@ -15,13 +15,14 @@ use std::{
 };
 
 use tracing::{debug, error, trace_span, warn};
-use zeroize::Zeroize;
 
 use super::{
     CurrentPlan, ShardOptions, WritePlan,
     active::ActiveView,
     commit::{CLOCK_SLACK_US, Pending, Reserved},
-    hashing::PayloadHasher,
+    draft::{Draft, Run},
+    hashing::PayloadHash,
+    helpers::{Helpers, Scratch},
     listing::SegmentRef,
     record::Head,
 };
@@ -29,14 +30,13 @@ use crate::{
     Error, Result,
     crypto::{CryptoError, SegmentCipher},
     epoch::Fence,
-    group,
     ids::SegmentId,
     io::{Clock, Disk, DiskFile, Random, Temporary},
     keys::gate::Gate,
     metrics::Counters,
     segment::{
-        BlockHeader, BlockKind, Compression, Compressor, DecodedHeader, Features, FooterBuilder,
-        KeySource, Predecessor, SealBuffer, SegmentHeader, SegmentName,
+        BlockHeader, BlockKind, Compression, DecodedHeader, Features, FooterBuilder, KeySource,
+        Predecessor, SealBuffer, SegmentHeader, SegmentName,
     },
     sync::atomic::Ordering,
 };
@@ -58,7 +58,7 @@ pub(super) struct WriteEnv {
     pub(super) random: Arc<dyn Random>,
     pub(super) gate: Arc<Gate>,
     pub(super) plan: Arc<CurrentPlan>,
-    pub(super) hasher: Arc<PayloadHasher>,
+    pub(super) helpers: Arc<Helpers>,
     pub(super) fence: Option<Arc<Fence>>,
     pub(super) options: ShardOptions,
 }
@@ -167,22 +167,12 @@ pub(super) struct SegmentWriter {
     /// Where the next segment begins, once that is known.
     next: Option<Next>,
     blocks_unsynced: u32,
-    raw: Vec<u8>,
-    buffer: SealBuffer,
-    compressor: Compressor,
+    scratch: Scratch,
 }
 
 impl SegmentWriter {
     pub(super) fn new(env: Arc<WriteEnv>) -> Self {
-        Self {
-            env,
-            active: None,
-            next: None,
-            blocks_unsynced: 0,
-            raw: Vec::new(),
-            buffer: SealBuffer::default(),
-            compressor: Compressor::default(),
-        }
+        Self { env, active: None, next: None, blocks_unsynced: 0, scratch: Scratch::default() }
     }
 
     /// Whether a segment is open.
@@ -278,46 +268,53 @@ impl SegmentWriter {
         takes
     }
 
-    /// Makes one block of `batch` and writes it to the active segment.
-    pub(super) fn write_block(&mut self, batch: &[Pending], keys: KeyUse) -> Result<()> {
-        let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(()) };
-        let Some(active) = &mut self.active else {
+    /// Begins to make blocks of `batches`. Helpers take a share of the work.
+    pub(super) fn begin_run(&self, batches: Vec<Vec<Pending>>) -> Run {
+        Run::new(&self.env.helpers, batches, self.env.plan().compression)
+    }
+
+    /// The next draft of `run`.
+    pub(super) fn next_draft(&mut self, run: &mut Run) -> Option<Draft> {
+        run.next(&mut self.scratch)
+    }
+
+    /// The batches that are left of `run`.
+    pub(super) fn end_run(&mut self, run: Run) -> Vec<Pending> {
+        run.into_rest(&mut self.scratch)
+    }
+
+    /// Writes a block to the active segment. Leaves the batch of `draft` in its place.
+    pub(super) fn write_block(&mut self, draft: &mut Draft, keys: KeyUse) -> Result<()> {
+        // After a loss of the key no segment is begun for times that go back.
+        if let Some(active) = &self.active
+            && draft.first_time_us < active.last_time_us
+        {
+            draft.raise(active.last_time_us, &mut self.scratch);
+        }
+        let mut buffer = std::mem::take(&mut draft.buffer);
+        let (Some(first), Some(active)) = (draft.batch.first(), &mut self.active) else {
+            buffer.wipe();
             return Err(Error::Closed("the active segment"));
         };
-        let floor_us = active.last_time_us;
-        self.raw.clear();
-        for pending in batch {
-            group::put_frame(&mut self.raw, &pending.group.bytes);
-        }
-        let list_len = self.raw.len();
-        // After a loss of the key no segment is begun for times that go back.
-        let time_us = |pending: &Pending| pending.group.time_us.max(floor_us);
-        for pending in batch {
-            // It fits: a batch ends before a difference that does not.
-            let delta = (time_us(pending) - time_us(first)) as u32;
-            self.raw.extend_from_slice(&delta.to_le_bytes());
-        }
-        let payload = self.buffer.begin();
-        let compression = self.compressor.compress(active.plan.compression, &self.raw, payload);
+        let nonce_random = self.env.draw(&active.segment.path).inspect_err(|_| buffer.wipe())?;
+        let logs = draft.batch.iter().map(|pending| pending.group.logs);
         let header = BlockHeader {
             kind: first.group.kind,
-            compression,
+            compression: draft.compression,
             segment_tag: active.segment.header.segment_tag(),
             number: active.blocks,
-            payload_len: self.buffer.payload_len() as u32,
-            raw_len: self.raw.len() as u32,
-            group_count: batch.len() as u32,
-            log_count: batch
-                .iter()
-                .fold(0, |sum: u32, pending| sum.saturating_add(pending.group.logs)),
-            list_len: list_len as u32,
+            payload_len: buffer.payload_len() as u32,
+            raw_len: draft.raw_len,
+            group_count: draft.batch.len() as u32,
+            log_count: logs.fold(0, u32::saturating_add),
+            list_len: draft.list_len,
             first_seq: first.seq,
-            first_time_us: time_us(first),
-            last_time_us: time_us(last),
+            first_time_us: draft.first_time_us,
+            last_time_us: draft.last_time_us,
             durable_mark: active.durable,
-            nonce_random: self.env.draw(&active.segment.path)?,
+            nonce_random,
         };
-        active.append(&self.env, &mut self.buffer, &header, keys)?;
+        active.append(&self.env, buffer, &header, keys)?;
         self.blocks_unsynced += 1;
         Ok(())
     }
@@ -328,7 +325,8 @@ impl SegmentWriter {
         if active.marked == active.durable || active.offset == active.segment.header.body_start {
             return Ok(());
         }
-        self.buffer.begin();
+        let mut buffer = self.env.helpers.buffer();
+        buffer.begin();
         let header = BlockHeader {
             kind: BlockKind::Mark,
             compression: Compression::None,
@@ -345,7 +343,7 @@ impl SegmentWriter {
             durable_mark: active.durable,
             nonce_random: self.env.draw(&active.segment.path)?,
         };
-        active.append(&self.env, &mut self.buffer, &header, KeyUse::Admitted)
+        active.append(&self.env, buffer, &header, KeyUse::Admitted)
     }
 
     /// Begins a sync of the active segment: its blocks so far. `None` if no segment is open.
@@ -439,10 +437,10 @@ impl SegmentWriter {
             .is_some()
     }
 
-    /// Overwrites the plaintext of the last block.
+    /// Overwrites the plaintext of the last blocks.
     pub(super) fn wipe(&mut self) {
-        self.raw.zeroize();
-        self.buffer.wipe();
+        self.scratch.wipe();
+        self.env.helpers.wipe();
     }
 
     /// The head of the shard, as far as this writer knows it.
@@ -497,16 +495,16 @@ impl Active {
     fn append(
         &mut self,
         env: &WriteEnv,
-        buffer: &mut SealBuffer,
+        mut buffer: SealBuffer,
         header: &BlockHeader,
         keys: KeyUse,
     ) -> Result<()> {
-        let written = self.segment.write_block(env, buffer, header, self.offset, keys);
+        let written = self.segment.write_block(env, &mut buffer, header, self.offset, keys);
         // Unless the block was sealed, the buffer has its plaintext.
         let (tag, end) = written.inspect_err(|_| buffer.wipe())?;
-        let payload_hash =
-            env.hasher.hash(self.segment.header.payload_hash, std::mem::take(buffer));
-        *buffer = self.view.add(self.offset, header, payload_hash, &tag, end);
+        let algorithm = self.segment.header.payload_hash;
+        let payload_hash = PayloadHash::of(&env.helpers, algorithm, buffer);
+        self.view.add(self.offset, header, payload_hash, &tag, end);
         env.counters().appended(self.segment.header.suite, header.list_len.into());
         self.offset = end;
         self.blocks += 1;

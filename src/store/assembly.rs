@@ -35,7 +35,7 @@ use crate::{
     },
     kms::{Cmk, Kms, KmsRouter},
     metrics::Counters,
-    shard::{Budget, PayloadHasher, ReaderPermits},
+    shard::{Budget, Helpers, ReaderPermits},
 };
 
 /// The parts and the settings that the caller passes to create or open a store.
@@ -332,18 +332,18 @@ impl Setup {
 /// The parts that the Logstores of a store share. Starts the threads of the store.
 fn wiring(env: &StoreEnv, anchor: Option<Arc<Feeder>>) -> Result<Wiring> {
     let scheduler = Scheduler::new(Arc::clone(&env.clock));
-    let hasher = PayloadHasher::new(env.options.hash_payloads);
+    let helpers = Helpers::new(env.options.hash_payloads);
     if env.has_threads() {
         // A read-only opener needs a thread for its followers alone.
         let spawned = match env.read_only {
             true => scheduler.spawn(1),
-            false => scheduler.spawn(env.options.workers).and_then(|()| hasher.spawn()),
+            false => scheduler.spawn(env.options.workers).and_then(|()| helpers.spawn()),
         };
         spawned.map_err(Error::io("start threads for", &env.dir))?;
     }
     let budget = Budget::new(env.options.pending_bytes_max);
     let permits = ReaderPermits::new(env.options.readers_max, env.options.followers_max);
-    Ok(Wiring { scheduler, budget, hasher, permits, anchor })
+    Ok(Wiring { scheduler, budget, helpers, permits, anchor })
 }
 
 fn warn_of_rotation(store: StoreId, keyring: &Keyring) {

@@ -27,7 +27,7 @@ use crate::{
     ids::LogstoreId,
     io::FileKind,
     logstore::LogstoreShared,
-    shard::{Budget, Head, PayloadHasher, ReaderPermits, Shard},
+    shard::{Budget, Head, Helpers, ReaderPermits, Shard},
     sync::{LockRank, Mutex, MutexGuard, NamedLocks, RwLockReadGuard, lock},
 };
 
@@ -67,7 +67,7 @@ pub(crate) struct Registry {
 pub(crate) struct Wiring {
     pub(crate) scheduler: Arc<Scheduler>,
     pub(crate) budget: Arc<Budget>,
-    pub(crate) hasher: Arc<PayloadHasher>,
+    pub(crate) helpers: Arc<Helpers>,
     pub(crate) permits: ReaderPermits,
     pub(crate) anchor: Option<Arc<Feeder>>,
 }
@@ -435,7 +435,7 @@ impl Registry {
         if let Some(anchor) = &self.wiring.anchor {
             anchor.stop();
         }
-        self.wiring.hasher.stop();
+        self.wiring.helpers.stop();
         lock(&self.open).clear();
         let held = lock(&self.held).take();
         if let Some(held) = held {

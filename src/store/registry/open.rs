@@ -133,7 +133,7 @@ impl Registry {
             random: Arc::clone(&self.env.random),
             wake: Arc::clone(&self.wiring.scheduler) as _,
             budget: Arc::clone(&self.wiring.budget),
-            hasher: Arc::clone(&self.wiring.hasher),
+            helpers: Arc::clone(&self.wiring.helpers),
             gate,
             options: self.shard_options(),
             read_only: self.env.read_only,

@@ -28,7 +28,7 @@ mod wakers;
 use std::{env, future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
-use commit::{Dropped, Flush, Group, GroupCommit, Rejected, Reserved, Role};
+use commit::{Dropped, Flush, Group, GroupCommit, Pending, Rejected, Reserved, Role};
 use envelog::{Durability, Error, Result, group, inspect as segment};
 use handover::Claim;
 use shuttle::{
@@ -107,7 +107,7 @@ impl World {
     /// The leader's work, as a shard does it. An error is a refusal of the key.
     fn turn(&self, own: Option<u64>) -> Result<()> {
         assert!(!self.leading.swap(true, Ordering::SeqCst), "two lead");
-        let turn = self.write_batch();
+        let turn = self.write_run();
         if self.commit.wants_sync(own, turn.is_err()) {
             let mut disk = self.disk.lock().unwrap();
             disk.synced = disk.written.len();
@@ -118,9 +118,20 @@ impl World {
         turn
     }
 
-    fn write_batch(&self) -> Result<()> {
-        let Some(batch) = self.commit.take_batch() else { return Ok(()) };
-        let (from, to) = (batch[0].seq, batch[batch.len() - 1].seq + 1);
+    fn write_run(&self) -> Result<()> {
+        let mut run = self.commit.take_run(1);
+        while !run.is_empty() {
+            let batch = run.remove(0);
+            self.write_batch(batch, &mut run)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a batch. If that fails, so do the ones that are `left`.
+    fn write_batch(&self, batch: Vec<Pending>, left: &mut Vec<Vec<Pending>>) -> Result<()> {
+        let and_left = |batch: Vec<Pending>, left: &mut Vec<Vec<Pending>>| -> Vec<Pending> {
+            batch.into_iter().chain(left.drain(..).flatten()).collect()
+        };
         let free = |count| {
             self.charged.fetch_sub(count, Ordering::SeqCst);
         };
@@ -130,24 +141,26 @@ impl World {
             .is_ok()
         {
             let refusal = Error::Closed("the key");
-            free(self.commit.refuse(batch, &refusal, NOW).freed);
+            free(self.commit.refuse(and_left(batch, left), &refusal, NOW).freed);
             return Err(refusal);
         }
-        let charged = batch.iter().map(|pending| pending.group.charged).sum();
+        let charged_of =
+            |batch: &[Pending]| batch.iter().map(|pending| pending.group.charged).sum();
         if self
             .turns_left
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
             .is_err()
         {
-            free(charged);
+            let batch = and_left(batch, left);
+            free(charged_of(&batch));
             let error = Error::Closed("the disk");
-            self.commit.fail(from..to, &error);
+            self.commit.fail(batch[0].seq..batch[batch.len() - 1].seq + 1, &error);
             free(self.commit.latch(Arc::new(error.clone()), &error));
             return Ok(());
         }
         self.disk.lock().unwrap().written.extend(batch.iter().map(|pending| pending.seq));
-        free(charged);
-        self.commit.written(to, None);
+        free(charged_of(&batch));
+        self.commit.written(batch[batch.len() - 1].seq + 1, None);
         Ok(())
     }
 
@@ -453,17 +466,21 @@ impl Losing {
     }
 
     fn write(&self, writer: &mut Writer) -> Result<()> {
-        let Some(batch) = self.commit.take_batch() else { return Ok(()) };
-        if self.lost.load(Ordering::SeqCst) || writer.segment.is_none() {
-            let error = Error::Closed("the key");
-            self.account(self.commit.refuse(batch, &error, NOW));
-            return Err(error);
+        let mut run = self.commit.take_run(1);
+        while !run.is_empty() {
+            if self.lost.load(Ordering::SeqCst) || writer.segment.is_none() {
+                let error = Error::Closed("the key");
+                let left = run.into_iter().flatten().collect();
+                self.account(self.commit.refuse(left, &error, NOW));
+                return Err(error);
+            }
+            let batch = run.remove(0);
+            writer.written.extend(batch.iter().map(|pending| pending.seq));
+            let charged = batch.iter().map(|pending| pending.group.charged).sum();
+            self.charged.fetch_sub(charged, Ordering::SeqCst);
+            let to = batch[batch.len() - 1].seq + 1;
+            self.commit.written(to, self.reserved(writer).as_ref());
         }
-        writer.written.extend(batch.iter().map(|pending| pending.seq));
-        let charged = batch.iter().map(|pending| pending.group.charged).sum();
-        self.charged.fetch_sub(charged, Ordering::SeqCst);
-        let to = batch[batch.len() - 1].seq + 1;
-        self.commit.written(to, self.reserved(writer).as_ref());
         Ok(())
     }
 
