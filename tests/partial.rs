@@ -364,7 +364,7 @@ fn strange_names_stop_no_writer() {
 #[test]
 fn a_strange_name_at_the_end_is_given_up_by_a_repair() {
     for (kind, epoch) in [0, 3, u64::MAX].into_iter().flat_map(|epoch| [(0, epoch), (1, epoch)]) {
-        for first_seq in [20, 1 << 32] {
+        for first_seq in [20, 1_u64 << 32] {
             let scene = Scene::new();
             let strange = format!("0000000005-{first_seq:020}-{epoch:010}.seg");
             let path = scene.segments[0].with_file_name(&strange);
@@ -393,7 +393,7 @@ fn a_strange_name_at_the_end_is_given_up_by_a_repair() {
 #[test]
 fn a_name_that_no_segment_can_have_needs_no_repair() {
     for kind in 0..5 {
-        for first_seq in [1 << 50, u64::MAX - (1 << 32), u64::MAX - 1, u64::MAX] {
+        for first_seq in [1_u64 << 50, u64::MAX - (1 << 32), u64::MAX - 1, u64::MAX] {
             for ordinal in [4, 5] {
                 let scene = Scene::new();
                 let strange = format!("{ordinal:010}-{first_seq:020}-0000000009.seg");

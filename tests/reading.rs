@@ -322,6 +322,7 @@ fn a_follower_lists_a_directory_only_after_a_change() {
         found.map(|record| strings(&[record]).remove(0))
     };
     assert_eq!((next(50), listed()), (None, 0));
+    logstore.roll().unwrap();
     put(&logstore, "in a new segment");
     assert_eq!(next(1).unwrap(), "in a new segment");
     put(&logstore, "in the same segment");

@@ -11,7 +11,7 @@ use common::{file_fault::FileFault, *};
 use envelog::{
     AppendOptions, EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreSpec, ReadOptions,
     ShardChoice, Store,
-    admin::{Checkpoint, RepairOptions, VerifyOptions, VerifyReport},
+    admin::{BackupOptions, Checkpoint, RepairOptions, VerifyOptions, VerifyReport},
     audit::AuditEvent,
 };
 
@@ -371,6 +371,14 @@ impl Scene {
                 .collect();
             assert_eq!(strings(&read), whole, "{at:?} {exchange:?}");
         }
+        let status = logstore.status().unwrap();
+        assert!(status.unreadable_segments == 0 && !status.losses.is_empty(), "{status:?}");
+        assert_eq!(store.admin().checkpoint().unwrap().failed().len(), 0);
+        store.admin().apply_retention().unwrap();
+        let backup = tempfile::tempdir_in(self.world.path()).unwrap();
+        let options = BackupOptions::default().copy(true);
+        let report = store.admin().backup(backup.path(), &options, &mut |_| {}).unwrap();
+        assert_eq!(report.faults, [], "{at:?} {exchange:?}");
         drop(logstore);
         store.close().unwrap();
         let store = self.world.builder().open_read_only().unwrap();

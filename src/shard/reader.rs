@@ -447,7 +447,7 @@ impl Reader {
     /// `error`, if it is about anything else; otherwise [`Error::Lost`].
     fn pass_loss(&mut self, error: Error) -> Result<()> {
         let Some(ordinal) = self.at else { return Err(error) };
-        let accepted = self.is_accepted(ordinal, &error);
+        let accepted = self.list.has_accepted(ordinal, &error);
         let shredded = matches!(error, Error::Shredded { .. });
         if !accepted && !shredded && !error.is_loss() {
             return Err(error);
@@ -503,11 +503,6 @@ impl Reader {
             None => None,
         };
         Ok(end.is_some_and(|end| end.end_seq <= self.next_seq || end.last_time_us < self.from_us))
-    }
-
-    /// Whether an operator has accepted this error of a segment.
-    fn is_accepted(&self, ordinal: u64, error: &Error) -> bool {
-        self.list.record().loss(ordinal).is_some_and(|loss| loss.covers(error))
     }
 
     /// Counts a record that is returned.
@@ -723,7 +718,7 @@ impl Reader {
         (self.cursor, self.at) = (None, Some(segment.last_ordinal()));
         let opened = match self.list.open_listed(segment) {
             // Everything authentic in front of the damage is read.
-            Err(error) if error.is_loss() || self.is_accepted(segment.ordinal, &error) => {
+            Err(error) if error.is_loss() || self.list.has_accepted(segment.ordinal, &error) => {
                 Some(self.list.open_damaged(segment, error)?)
             }
             opened => opened?,

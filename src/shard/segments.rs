@@ -113,6 +113,8 @@ pub(crate) struct SegmentList {
     chain: Chain,
     /// Whether files that are not needed any more could not be removed.
     leftovers: AtomicBool,
+    /// Whether no segment is under a data key.
+    no_data_key: AtomicBool,
 }
 
 impl SegmentList {
@@ -135,6 +137,7 @@ impl SegmentList {
             looks: AtomicU32::new(0),
             chain: Chain::default(),
             leftovers: AtomicBool::new(false),
+            no_data_key: AtomicBool::new(false),
         }
     }
 
@@ -148,6 +151,16 @@ impl SegmentList {
 
     pub(super) fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether no segment was under a data key when that was checked. Since then, this process has
+    /// added all others.
+    pub(super) fn has_no_data_key(&self) -> bool {
+        self.no_data_key.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_no_data_key(&self) {
+        self.no_data_key.store(true, Ordering::Relaxed);
     }
 
     // ---- the catalogue's record ----
@@ -189,6 +202,11 @@ impl SegmentList {
     /// Whether the loss of a segment was accepted.
     pub(super) fn is_lost(&self, ordinal: u64) -> bool {
         read(&self.record).loss(ordinal).is_some()
+    }
+
+    /// Whether an operator has accepted this error of a segment.
+    pub(super) fn has_accepted(&self, ordinal: u64, error: &Error) -> bool {
+        read(&self.record).loss(ordinal).is_some_and(|loss| loss.covers(error))
     }
 
     /// Reads the record again, for a read-only opener. `None` for the writer, whose record is the
