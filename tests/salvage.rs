@@ -402,3 +402,60 @@ fn an_exchanged_segment_costs_its_own_contents() {
         }
     }
 }
+
+/// A segment of a fork of the store has the name of another one and an authentic header.
+#[test]
+fn a_segment_of_a_fork_costs_its_own_contents() {
+    for (rotates, exchanged) in [(false, 2), (false, 3), (true, 2), (true, 3)] {
+        let world = World::manual_in_memory();
+        let store = world.create();
+        let logstore = world.service(&store, NAME);
+        let write = |logstore: &Logstore, texts: [&str; 2]| {
+            for text in texts {
+                put_in_first(logstore, text);
+                logstore.roll().unwrap();
+            }
+        };
+        write(&logstore, ["1", "2"]);
+        if rotates {
+            store.keys().rotate_data_key(&name(NAME)).unwrap();
+        }
+        let dir = world.logstore_dir(&logstore);
+        drop(logstore);
+        store.close().unwrap();
+        let fork = world.path().join("fork");
+        copy_dir(&world.store_dir(), &fork);
+        let stores = [world.open(), world.builder_at(&fork).open().unwrap()];
+        for (store, texts) in stores.into_iter().zip([["3", "4"], ["other 3", "other 4"]]) {
+            write(&store.logstore(&name(NAME)).unwrap(), texts);
+            store.close().unwrap();
+        }
+        let path = segments(&dir, 0).remove(exchanged);
+        let other = fork.join(path.strip_prefix(world.store_dir()).unwrap());
+        fs::copy(other, &path).unwrap();
+
+        let store = world.open();
+        let logstore = store.logstore(&name(NAME)).unwrap();
+        let mut all = vec!["1", "2", "3", "4"];
+        let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
+        let read: Vec<_> = reader.by_ref().map_while(Result::ok).collect();
+        assert_eq!(strings(&read), all[..exchanged]);
+        store.admin().repair(&name(NAME), 0, &RepairOptions::default()).unwrap_err();
+        let options = RepairOptions::default().accept_tampered(true);
+        let losses = store.admin().repair(&name(NAME), 0, &options).unwrap().losses;
+        let ordinals: Vec<_> =
+            losses.iter().map(|loss| (loss.first_ordinal, loss.last_ordinal)).collect();
+        let ordinal = exchanged as u64 + 1;
+        assert_eq!(ordinals, [(ordinal, ordinal)], "{rotates} {exchanged}");
+        drop(logstore);
+        store.close().unwrap();
+        let store = world.open();
+        let logstore = store.logstore(&name(NAME)).unwrap();
+        put_in_first(&logstore, "after the repair");
+        all.remove(exchanged);
+        all.push("after the repair");
+        assert_eq!(texts(&logstore), all, "{rotates} {exchanged}");
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        assert!(report.is_clean(), "{rotates} {exchanged}: {report:?}");
+    }
+}

@@ -566,14 +566,6 @@ impl SegmentList {
         Ok(Opened { name: name.clone(), file, header, end, vouched: None })
     }
 
-    /// Whether a segment has a header that belongs there.
-    pub(super) fn has_header(&self, name: &SegmentRef) -> Result<bool> {
-        match self.open_file(name) {
-            Err(error) if error.kind() == ErrorKind::Integrity => Ok(false),
-            opened => opened.map(|_| true),
-        }
-    }
-
     /// How a segment of `len` bytes ends, by its footer and by the end that is expected of it. Also
     /// returns the end that successor or catalogue vouch for, if it is sealed and they do.
     fn find_end(
