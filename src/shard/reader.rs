@@ -631,6 +631,7 @@ impl Reader {
         let Some(last) = segments.last().filter(|last| last.ordinal > header.ordinal) else {
             return Ok(false);
         };
+        let ordinal = last.ordinal;
         let opened = self.list.open_listed(last).and_then(|opened| match opened {
             Some(opened) => self.list.authenticate(&opened).map(|()| Some(opened)),
             None => Ok(None),
@@ -640,7 +641,7 @@ impl Reader {
             Err(Error::Shredded { .. }) => {
                 self.list.proved(last.ordinal)?.map(|proved| proved.header)
             }
-            Err(lost) if lost.is_loss() => None,
+            Err(lost) if lost.is_loss() || self.list.has_accepted(ordinal, &lost) => None,
             Err(error) => return Err(error),
         };
         Ok(last.is_none_or(|last| last.setbacks != header.setbacks))
@@ -717,10 +718,9 @@ impl Reader {
     ) -> Result<()> {
         (self.cursor, self.at) = (None, Some(segment.last_ordinal()));
         let opened = match self.list.open_listed(segment) {
-            // Everything authentic in front of the damage is read.
-            Err(error) if error.is_loss() || self.list.has_accepted(segment.ordinal, &error) => {
-                Some(self.list.open_damaged(segment, error)?)
-            }
+            // Everything authentic in front of the damage is read. What is forged or exchanged is not,
+            // also if an operator has accepted that: a segment of a fork has authentic blocks.
+            Err(error) if error.is_loss() => Some(self.list.open_damaged(segment, error)?),
             opened => opened?,
         };
         let Some(opened) = opened else { return Ok(()) };

@@ -6,7 +6,7 @@
 //! bytes behind them are a torn tail, dropped and reported. Damage below the mark is corruption:
 //! reported, and the file is left alone.
 
-use std::{path::PathBuf, sync::Arc};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -16,12 +16,12 @@ use super::{
     record::{Head, Loss},
     rules::check_rules,
     scanning::{Prover, Scanned, add, in_place},
-    segments::{End, Opened, Proof, SegmentList, read_header},
+    segments::{End, Opened, Proof, SegmentList},
     writer::{KeyUse, NewSegment, Next, WriteEnv},
 };
 use crate::{
     Error, ErrorKind, Result,
-    io::{OpenMode, read_exact_at},
+    io::read_exact_at,
     segment::{BlockKind, BlockView, FooterBuilder, Predecessor, ScannedBlock, SealBuffer},
 };
 
@@ -265,8 +265,7 @@ impl Recovery<'_> {
             return Ok(None);
         }
         let path = &*last.path;
-        let file = self.env.disk.open(path, OpenMode::Read).map_err(Error::io("open", path))?;
-        let header = Arc::new(read_header(&*file, path)?);
+        let (file, header) = self.list.open_file(last)?;
         let opened = Opened { name: last.clone(), file, header, end: End::Unknown, vouched: None };
         self.list.authenticate(&opened)?;
         let scanned = Scanned::of(self.list, &opened, Proof::Tag)?;

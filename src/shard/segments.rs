@@ -536,7 +536,10 @@ impl SegmentList {
     }
 
     /// Opens the file of a segment, and reads the header.
-    fn open_file(&self, name: &SegmentRef) -> Result<(Arc<dyn DiskFile>, Arc<DecodedHeader>)> {
+    pub(super) fn open_file(
+        &self,
+        name: &SegmentRef,
+    ) -> Result<(Arc<dyn DiskFile>, Arc<DecodedHeader>)> {
         if name.is_missing() {
             return Err(name.missing());
         }
