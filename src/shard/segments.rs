@@ -752,6 +752,13 @@ impl SegmentList {
         let Some(next) = self.find(name.ordinal + 1)? else { return Ok(None) };
         let header = self.header(&next)?;
         self.check_place(&next, &header)?;
+        let record = read(&self.record);
+        let known = record.head.as_ref().filter(|head| head.ordinal == next.ordinal);
+        if known.is_some_and(|head| head.segment != header.segment) {
+            let what =
+                format!("{} is not the segment that the catalogue knows", next.path.display());
+            return Err(Error::RolledBack { what });
+        }
         Ok(Some((header, next.path)))
     }
 
