@@ -313,9 +313,8 @@ impl Disk for RootedDisk {
 
     fn names_mark(&self, dir: &Path) -> io::Result<Option<u128>> {
         let stat = rustix::fs::fstat(self.root.open_dir(dir, HANDLE)?)?;
-        let nanos = |seconds: i64, nanos: u64| i128::from(seconds) * SECOND + i128::from(nanos);
-        let modified = nanos(stat.st_mtime as i64, stat.st_mtime_nsec as u64);
-        let changed = nanos(stat.st_ctime as i64, stat.st_ctime_nsec as u64);
+        let modified = i128::from(stat.st_mtime) * SECOND + i128::from(stat.st_mtime_nsec);
+        let changed = i128::from(stat.st_ctime) * SECOND + i128::from(stat.st_ctime_nsec);
         Ok(mark_of(modified, changed, i128::from(SystemClock.wall_us()) * 1000))
     }
 
@@ -451,17 +450,6 @@ fn kind_of(stat: &Stat) -> FileKind {
     clippy::useless_conversion,
     reason = "the types of these fields differ between systems"
 )]
-/// The mark of a directory with these times, in nanoseconds since the Unix epoch. A later change may
-/// leave the times as they are, if the file system counts in steps and the step is not over. Linux
-/// counts in steps of at most 10 ms. Some file systems store whole seconds, or every other one.
-pub(super) fn mark_of(modified: i128, changed: i128, now: i128) -> Option<u128> {
-    let last = modified.max(changed);
-    let step = if last % SECOND == 0 { 3 * SECOND } else { SECOND / 20 };
-    // 64 bits of nanoseconds are enough for 500 years.
-    let mark = u128::from(modified as u64) << 64 | u128::from(changed as u64);
-    (now >= last + step).then_some(mark)
-}
-
 fn stat_of(stat: &Stat) -> FileStat {
     FileStat {
         kind: kind_of(stat),
@@ -474,6 +462,17 @@ fn stat_of(stat: &Stat) -> FileStat {
             mode: u32::from(stat.st_mode) & 0o7777,
         }),
     }
+}
+
+/// The mark of a directory with these times, in nanoseconds since the Unix epoch. A later change may
+/// leave the times as they are, if the file system counts in steps and the step is not over. Linux
+/// counts in steps of at most 10 ms. Some file systems store whole seconds, or every other one.
+pub(super) fn mark_of(modified: i128, changed: i128, now: i128) -> Option<u128> {
+    let last = modified.max(changed);
+    let step = if last % SECOND == 0 { 3 * SECOND } else { SECOND / 20 };
+    // 64 bits of nanoseconds are enough for 500 years.
+    let mark = u128::from(modified as u64) << 64 | u128::from(changed as u64);
+    (now >= last + step).then_some(mark)
 }
 
 impl From<FileType> for FileKind {
