@@ -25,6 +25,7 @@ const BYTES: usize = 256 << 20;
 const GROUP_BYTES: usize = 64 << 10;
 const ROUNDS: usize = 5;
 const TINY: u64 = 2_000;
+const LOOKS: u32 = 100;
 
 fn spec(compression: Compression) -> LogstoreSpec {
     LogstoreSpec::default()
@@ -180,7 +181,20 @@ fn many() {
 
     let began = Instant::now();
     assert_eq!(logstore.end_seq(0).unwrap(), count);
-    println!("    a follower at the end looks for more in {:.1?}", began.elapsed());
+    println!("    the end of the shard found in {:.1?}", began.elapsed());
+
+    let from_end = ReadOptions::default().from(Position::End);
+    let mut follow = logstore.follow(0, &from_end).unwrap();
+    assert_eq!(follow.try_next().unwrap(), None);
+    let cpu = cpu_time();
+    for _ in 0..LOOKS {
+        assert_eq!(follow.try_next().unwrap(), None);
+    }
+    println!(
+        "    a follower at the end looks for more in {:.3} ms of CPU time, {LOOKS} times",
+        (cpu_time() - cpu).as_secs_f64() * 1000.0 / f64::from(LOOKS)
+    );
+    drop(follow);
 
     let (began, cpu) = (Instant::now(), cpu_time());
     let (mut records, mut most) = (0_u64, 0);

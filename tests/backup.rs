@@ -473,6 +473,45 @@ fn a_store_that_does_not_continue_the_backup_is_refused() {
     assert_sound(&copy, Some(checkpoint_in(&dir)));
 }
 
+/// Damages all files of the catalogue of a backup.
+fn lose_catalogue(dir: &Path) {
+    for (path, _) in files(&dir.join("catalogue")) {
+        fs::write(path, "junk").unwrap();
+    }
+}
+
+/// The files of the backup show whether the store continues it.
+#[test]
+fn a_lost_catalogue_of_the_backup_hides_no_fork() {
+    let mut world = World::manual();
+    let store = scene(&mut world);
+    let (fork, behind) = (world.path().join("fork"), world.path().join("behind"));
+    copy_dir(&world.store_dir(), &behind);
+    store.close().unwrap();
+    copy_dir(&world.store_dir(), &fork);
+    let store = world.open();
+    fill(&world, &store, 20..30);
+    let dir = world.path().join("backup");
+    back_up(&world, &dir, &BackupOptions::default().copy(true));
+    let forked = world.builder_at(&fork).open().unwrap();
+    fill(&world, &forked, 100..160);
+    forked.close().unwrap();
+    lose_catalogue(&dir);
+    assert_does_not_continue(&world, &fork, &dir);
+    assert_does_not_continue(&world, &behind, &dir);
+    // One damaged segment, also the last one of its shard, is no reason to overwrite the others.
+    let last = seg_files(&dir).pop().unwrap();
+    fs::write(&last, "junk").unwrap();
+    assert_does_not_continue(&world, &fork, &dir);
+    // The store itself goes on, and heals the backup.
+    fill(&world, &store, 30..34);
+    let report = back_up(&world, &dir, &BackupOptions::default().copy(true));
+    assert_eq!(report.faults, []);
+    let copy = world.builder_at(&dir).open_read_only().unwrap();
+    assert_eq!(contents(&copy), contents(&store));
+    assert_sound(&copy, Some(checkpoint_in(&dir)));
+}
+
 /// Recovery rewrites the blocks that the backup has above the durable mark.
 #[test]
 fn a_store_that_was_killed_continues_the_backup() {
@@ -487,7 +526,10 @@ fn a_store_that_was_killed_continues_the_backup() {
         let store = world.builder_at(&killed).open().unwrap();
         fill(&world, &store, number..number + 3);
         let all = contents(&store);
-        for _ in 0..2 {
+        for loses_catalogue in [number == 110, false] {
+            if loses_catalogue {
+                lose_catalogue(&dir);
+            }
             let report = store.admin().backup(&dir, &options, &mut |_| {}).unwrap();
             assert_eq!(report.faults, []);
             let copy = world.builder_at(&dir).open_read_only().unwrap();
@@ -700,6 +742,81 @@ impl Damage {
 fn sealed_segment(dir: &Path) -> PathBuf {
     let all = seg_files(dir);
     all.windows(2).find(|two| two[0].parent() == two[1].parent()).unwrap()[0].clone()
+}
+
+/// The faults of one segment of a backup.
+const FAULTS: [fn(&Path); 6] = [
+    |path| fs::write(path, "junk").unwrap(),
+    |path| write_at(path, 40, &[0xff; 64]),
+    |path| {
+        let len = fs::metadata(path).unwrap().len();
+        write_at(path, len / 2, &[0xff; 64]);
+    },
+    |path| {
+        let len = fs::metadata(path).unwrap().len();
+        fs::File::options().write(true).open(path).unwrap().set_len(len - 20).unwrap();
+    },
+    |path| fs::remove_file(path).unwrap(),
+    |path| {
+        fs::remove_file(path).unwrap();
+        fs::create_dir(path).unwrap();
+    },
+];
+
+fn write_at(path: &Path, offset: u64, bytes: &[u8]) {
+    fs::File::options().write(true).open(path).unwrap().write_all_at(bytes, offset).unwrap();
+}
+
+/// A damaged segment of the backup costs a restore its own contents, also a restore to a time, and
+/// is reported. Nothing is restored that was received later.
+#[test]
+fn a_damaged_segment_costs_a_restore_its_own_contents() {
+    let mut world = World::manual();
+    let store = scene(&mut world);
+    let dir = world.path().join("backup");
+    back_up(&world, &dir, &BackupOptions::default().copy(true));
+    let whole = contents(&store);
+    let logstore = store.logstore(&name("p/byok")).unwrap();
+    let shard =
+        world.logstore_dir(&logstore).strip_prefix(world.store_dir()).unwrap().join("shard-0000");
+    let paths = seg_files(&dir.join(&shard));
+    let first_seq = |path: &Path| -> u64 {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        name.split('-').nth(1).unwrap().parse().unwrap()
+    };
+    let of_shard = |text: &str, shard: u32| (text, shard) == ("p/byok", 0);
+    let hit = whole.iter().find(|(text, shard, _)| of_shard(text, *shard)).unwrap();
+    let times = [hit.2[1].1, hit.2[hit.2.len() / 2].1, u64::MAX];
+    let rounds = paths.iter().enumerate().flat_map(|one| FAULTS.map(|fault| (one, fault)));
+    for (round, ((at, path), fault)) in rounds.enumerate() {
+        let (damaged, to) = (world.path().join("damaged"), world.path().join("restored"));
+        copy_dir(&dir, &damaged);
+        fault(&damaged.join(path.strip_prefix(&dir).unwrap()));
+        let until_us = times[round % 3];
+        let report = restore(&world, &damaged, &to, &RestoreOptions::default().until_us(until_us));
+        let lost = first_seq(path)..paths.get(at + 1).map_or(u64::MAX, |next| first_seq(next));
+        let store = world.builder_at(&to).open_read_only().unwrap();
+        for (text, shard, records) in &whole {
+            let until = records.iter().position(|one| one.1 > until_us).unwrap_or(records.len());
+            let expected = &records[..until];
+            let logstore = store.logstore(&name(text)).unwrap();
+            if !of_shard(text, *shard) {
+                assert_eq!(all(&logstore, *shard), expected, "{path:?} {round}");
+                continue;
+            }
+            let options = ReadOptions::default().skip_lost(true);
+            let read = logstore.read(*shard, &options).unwrap().map(|record| record.unwrap());
+            let read: Vec<_> = read.map(|one| (one.seq, one.receive_time_us)).collect();
+            let expected: Vec<_> = expected.iter().map(|one| (one.0, one.1)).collect();
+            let whole = expected.iter().filter(|one| !lost.contains(&one.0));
+            assert!(whole.clone().all(|one| read.contains(one)), "{path:?} {round}: {read:?}");
+            assert!(read.iter().all(|one| expected.contains(one)), "{path:?} {round}: {read:?}");
+            let is_whole = read.len() == expected.len();
+            assert!(is_whole || !report.faults.is_empty(), "{path:?} {round}: {report:?}");
+        }
+        drop(store);
+        fs::remove_dir_all(&to).unwrap();
+    }
 }
 
 /// A restore gives the segments up that lie between its time and the current data key.

@@ -221,6 +221,33 @@ fn what_cannot_be_looked_at_counts_as_needed() {
     assert!(!master_key(&store.keys().usage().unwrap(), &cmk).safe_to_destroy);
 }
 
+/// A file that is no segment of the shard may be one that was moved there, or put back.
+#[test]
+fn a_strange_file_counts_as_a_use_of_the_keys_of_its_logstore() {
+    let world = World::manual();
+    let store = world.create();
+    let (logstore, other) = (world.service(&store, "p/a"), world.service(&store, "p/b"));
+    for logstore in [&logstore, &other] {
+        put(logstore, "first");
+        store.keys().rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
+        put(logstore, "second");
+    }
+    assert_eq!(safe(&store, "p/a"), [2]);
+    let real = segments(&world.logstore_dir(&logstore), 0).remove(0);
+    let strange = real.with_file_name("0000000009-00000000000000000900-0000000001.seg");
+    fs::copy(&real, &strange).unwrap();
+    assert_eq!((safe(&store, "p/a"), safe(&store, "p/b")), (vec![], vec![2]));
+    let usage = store.keys().usage().unwrap();
+    let is_named = |need: &KeyNeed| match need {
+        KeyNeed::Unknown { detail } => detail.contains("0000000009"),
+        _ => false,
+    };
+    assert!(data_key(&usage, "p/a", 2).needed_for.iter().any(is_named), "{usage:?}");
+    fs::remove_file(strange).unwrap();
+    assert_eq!(safe(&store, "p/a"), [2]);
+}
+
 #[test]
 fn retention_takes_the_data_key_with_the_last_of_what_it_sealed() {
     let world = World::manual();

@@ -16,7 +16,7 @@ use common::*;
 use envelog::{
     EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreSpec, Position, ReadMode,
     ReadOptions, Store,
-    admin::{RepairOptions, VerifyOptions, VerifyReport},
+    admin::{RepairOptions, VerifyFault, VerifyOptions, VerifyReport},
     kms::RevokedReason,
 };
 
@@ -359,25 +359,66 @@ fn strange_names_stop_no_writer() {
     }
 }
 
-/// A file at the end of the shard hides nothing, and a repair gives it up.
+/// A name at the end of the shard that its next segment may have hides nothing, and a repair gives
+/// it up.
 #[test]
 fn a_strange_name_at_the_end_is_given_up_by_a_repair() {
-    let scene = Scene::new();
-    let strange = "0000000005-00000000000000000020-0000000003.seg";
-    fs::write(scene.segments[0].with_file_name(strange), b"junk").unwrap();
-    let store = scene.world.open();
-    let logstore = store.logstore(&name(NAME)).unwrap();
-    assert!(try_put(&logstore, "refused").is_err());
-    let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
-    let read: Vec<_> = reader.by_ref().take(4 * RECORDS as usize).map(Result::unwrap).collect();
-    assert_eq!(strings(&read), expected(0, 4 * RECORDS));
-    assert!(matches!(reader.next().unwrap(), Err(Error::Lost { .. })));
-    assert!(verify(&store).faults.iter().any(|fault| fault.message.contains(strange)));
-    store.admin().repair(&name(NAME), 0, &RepairOptions::default()).unwrap();
-    put(&logstore, "new");
-    let mut all = expected(0, 4 * RECORDS);
-    all.push("new".to_owned());
-    assert_eq!(read_texts(&logstore, &ReadOptions::default()).unwrap(), all);
+    for (kind, epoch) in [0, 3, u64::MAX].into_iter().flat_map(|epoch| [(0, epoch), (1, epoch)]) {
+        for first_seq in [20, 1_u64 << 32] {
+            let scene = Scene::new();
+            let strange = format!("0000000005-{first_seq:020}-{epoch:010}.seg");
+            let path = scene.segments[0].with_file_name(&strange);
+            make(&path, kind, &scene.segments[0]);
+            let store = scene.world.open();
+            let logstore = store.logstore(&name(NAME)).unwrap();
+            assert!(try_put(&logstore, "refused").is_err(), "{strange}");
+            let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
+            let read: Vec<_> =
+                reader.by_ref().take(4 * RECORDS as usize).map(Result::unwrap).collect();
+            assert_eq!(strings(&read), expected(0, 4 * RECORDS));
+            assert!(matches!(reader.next().unwrap(), Err(Error::Lost { .. })), "{strange}");
+            let named = |fault: &VerifyFault| fault.message.contains(&strange);
+            assert!(verify(&store).faults.iter().any(named), "{strange}");
+            store.admin().repair(&name(NAME), 0, &RepairOptions::default()).unwrap();
+            put(&logstore, "new");
+            let mut all = expected(0, 4 * RECORDS);
+            all.push("new".to_owned());
+            assert_eq!(read_texts(&logstore, &ReadOptions::default()).unwrap(), all, "{strange}");
+        }
+    }
+}
+
+/// A name at the end of the shard that its next segment cannot have is no segment, whatever has it.
+/// Nothing has to be given up, and the shard keeps its numbers.
+#[test]
+fn a_name_that_no_segment_can_have_needs_no_repair() {
+    for kind in 0..5 {
+        for first_seq in [1_u64 << 50, u64::MAX - (1 << 32), u64::MAX - 1, u64::MAX] {
+            for ordinal in [4, 5] {
+                let scene = Scene::new();
+                let strange = format!("{ordinal:010}-{first_seq:020}-0000000009.seg");
+                let path = scene.segments[0].with_file_name(&strange);
+                make(&path, kind, &scene.segments[3]);
+                let lost = ordinal == 4;
+                if lost {
+                    fs::remove_file(&scene.segments[3]).unwrap();
+                }
+                let store = scene.world.open();
+                let logstore = store.logstore(&name(NAME)).unwrap();
+                let repaired = store.admin().repair(&name(NAME), 0, &RepairOptions::default());
+                assert_eq!(repaired.unwrap().losses.len(), usize::from(lost), "{strange}");
+                put(&logstore, "new");
+                let mut all = expected(0, if lost { 3 * RECORDS } else { 4 * RECORDS });
+                all.push("new".to_owned());
+                let read = read_texts(&logstore, &ReadOptions::default());
+                assert_eq!(read.unwrap(), all, "{strange}");
+                assert!(logstore.end_seq(0).unwrap() < 1 << 33, "{strange}");
+                let report = verify(&store);
+                assert!(report.is_clean(), "{strange}: {report:?}");
+                assert!(report.notes.iter().any(|note| note.contains(&strange)), "{strange}");
+            }
+        }
+    }
 }
 
 /// A Logstore that is damaged, shredded or revoked.

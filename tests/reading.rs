@@ -300,6 +300,45 @@ fn take_texts(reader: &mut Reader) -> Vec<String> {
     strings(&so_far(reader).collect::<Result<Vec<_>, _>>().unwrap())
 }
 
+/// A follower in a store that is open for reading looks for more every 100 ms. It lists the
+/// directory only after a change, and from time to time: a file system may show changes late.
+#[test]
+fn a_follower_lists_a_directory_only_after_a_change() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    fill(&sim, &logstore, 8, 1, 1);
+    let reading = sim.builder().open_read_only().unwrap();
+    let reading = reading.logstore(logstore.name()).unwrap();
+    let mut follow = reading.follow(0, &ReadOptions::default().from(Position::End)).unwrap();
+    assert_eq!(follow.try_next().unwrap(), None);
+    let listed = || {
+        let calls = sim.disk.take_calls().into_iter();
+        calls.filter(|call| call.op == Op::List && call.is_about("shard-")).count()
+    };
+    listed();
+    let mut next = |looks: u32| {
+        let found = (0..looks).find_map(|_| follow.try_next().unwrap());
+        found.map(|record| strings(&[record]).remove(0))
+    };
+    assert_eq!((next(50), listed()), (None, 0));
+    logstore.roll().unwrap();
+    put(&logstore, "in a new segment");
+    assert_eq!(next(1).unwrap(), "in a new segment");
+    put(&logstore, "in the same segment");
+    assert_eq!(next(1).unwrap(), "in the same segment");
+    let lists = listed();
+    assert!((1..=3).contains(&lists), "{lists}");
+    assert_eq!((next(50), listed()), (None, 0));
+
+    assert_eq!(next(1), None);
+    sim.disk.hide_changes();
+    assert_eq!(next(1), None);
+    logstore.roll().unwrap();
+    put(&logstore, "not shown");
+    assert_eq!(next(200).unwrap(), "not shown");
+}
+
 /// A reader at the end of a segment continues after it, regardless of changes to that segment.
 #[test]
 fn a_reader_follows_over_rolls_recovery_and_retention() {

@@ -11,7 +11,7 @@ use common::{file_fault::FileFault, *};
 use envelog::{
     AppendOptions, EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreSpec, ReadOptions,
     ShardChoice, Store,
-    admin::{Checkpoint, RepairOptions, VerifyOptions, VerifyReport},
+    admin::{BackupOptions, Checkpoint, RepairOptions, VerifyOptions, VerifyReport},
     audit::AuditEvent,
 };
 
@@ -273,5 +273,186 @@ fn two_damaged_segments_cost_their_own_contents() {
     for (index, ((a, b), (c, d))) in pairs.filter(|(one, two)| one < two).enumerate() {
         let (one, two) = (FileFault::ALL[index % 5], FileFault::ALL[index / 5 % 5]);
         scene.check(&[(a, b, one), (c, d, two)]);
+    }
+}
+
+/// How the file of a segment is replaced.
+#[derive(Clone, Copy, Debug)]
+enum Exchange {
+    /// By the other one, and the other one by it.
+    Swapped((u32, u32)),
+    /// By a copy of another one.
+    Foreign((u32, u32)),
+    Directory,
+    Link,
+}
+
+impl Scene {
+    fn path(&self, (shard, segment): (u32, u32)) -> &PathBuf {
+        &self.segments[shard as usize][segment as usize].0
+    }
+
+    /// Exchanges a segment. Returns those that cannot be read any more.
+    fn exchange(&self, at: (u32, u32), exchange: Exchange) -> BTreeSet<(u32, u32)> {
+        let path = self.path(at);
+        let bytes = fs::read(path).unwrap();
+        let mut lost = BTreeSet::from([at]);
+        match exchange {
+            Exchange::Swapped(other) => {
+                fs::write(path, fs::read(self.path(other)).unwrap()).unwrap();
+                fs::write(self.path(other), bytes).unwrap();
+                lost.insert(other);
+            }
+            Exchange::Foreign(other) => {
+                fs::write(path, fs::read(self.path(other)).unwrap()).unwrap();
+            }
+            Exchange::Directory => {
+                fs::remove_file(path).unwrap();
+                fs::create_dir(path).unwrap();
+            }
+            Exchange::Link => {
+                let there = self.copy.path().join("segment");
+                fs::write(&there, &bytes).unwrap();
+                fs::remove_file(path).unwrap();
+                std::os::unix::fs::symlink(&there, path).unwrap();
+            }
+        }
+        lost
+    }
+
+    fn check_exchanged(&self, at: (u32, u32), exchange: Exchange) {
+        self.restore();
+        let lost = self.exchange(at, exchange);
+        let is_lost = |shard, segment| lost.contains(&(shard, segment));
+        let store = self.world.builder().open_read_only().unwrap();
+        let logstore = store.logstore(&name(NAME)).unwrap();
+        for (shard, segments) in (0..).zip(&self.segments) {
+            let in_front = (0..).zip(segments).take_while(|(one, _)| !is_lost(shard, *one));
+            let in_front: Vec<_> = in_front.flat_map(|(_, (_, texts))| texts.clone()).collect();
+            let (mut read, mut end) = (Vec::new(), None);
+            for record in logstore.read(shard, &ReadOptions::default()).unwrap() {
+                match record {
+                    Ok(record) => read.push(record),
+                    Err(error) => end = Some(error.kind()),
+                }
+            }
+            assert_eq!(strings(&read), in_front, "{at:?} {exchange:?}");
+            let hit = (0..SEGMENTS).any(|segment| is_lost(shard, segment));
+            assert_eq!(end, hit.then_some(ErrorKind::Integrity), "{at:?} {exchange:?}");
+        }
+        assert!(!self.verify(&store, false).is_clean());
+        drop((logstore, store));
+
+        let store = self.world.open();
+        let mut accepted = BTreeSet::new();
+        for shard in 0..SHARDS {
+            let refused = store.admin().repair(&name(NAME), shard, &RepairOptions::default());
+            let hit = (0..SEGMENTS).any(|segment| is_lost(shard, segment));
+            assert_eq!(refused.is_err(), hit, "{at:?} {exchange:?}: {refused:?}");
+            let options = RepairOptions::default().accept_tampered(true);
+            let report = store.admin().repair(&name(NAME), shard, &options).unwrap();
+            for loss in report.losses {
+                accepted.extend(
+                    (loss.first_ordinal..=loss.last_ordinal).map(|at| (shard, at as u32 - 1)),
+                );
+            }
+        }
+        assert_eq!(accepted, lost, "{at:?} {exchange:?}");
+        let logstore = store.logstore(&name(NAME)).unwrap();
+        put_in_first(&logstore, "after the repair");
+        for (shard, segments) in (0..).zip(&self.segments) {
+            let whole = (0..).zip(segments).filter(|(one, _)| !is_lost(shard, *one));
+            let mut whole: Vec<_> = whole.flat_map(|(_, (_, texts))| texts.clone()).collect();
+            whole.extend((shard == 0).then(|| "after the repair".to_owned()));
+            let read: Vec<_> = logstore
+                .read(shard, &ReadOptions::default())
+                .unwrap()
+                .map(|record| record.unwrap())
+                .collect();
+            assert_eq!(strings(&read), whole, "{at:?} {exchange:?}");
+        }
+        let status = logstore.status().unwrap();
+        assert!(status.unreadable_segments == 0 && !status.losses.is_empty(), "{status:?}");
+        assert_eq!(store.admin().checkpoint().unwrap().failed().len(), 0);
+        store.admin().apply_retention().unwrap();
+        let backup = tempfile::tempdir_in(self.world.path()).unwrap();
+        let options = BackupOptions::default().copy(true);
+        let report = store.admin().backup(backup.path(), &options, &mut |_| {}).unwrap();
+        assert_eq!(report.faults, [], "{at:?} {exchange:?}");
+        drop(logstore);
+        store.close().unwrap();
+        let store = self.world.builder().open_read_only().unwrap();
+        let report = self.verify(&store, false);
+        assert!(report.is_clean(), "{at:?} {exchange:?}: {report:?}");
+    }
+}
+
+/// Another object in the place of a segment costs the contents of that place, and no other: not
+/// those of the segment in front of it, whose end the successor names.
+#[test]
+fn an_exchanged_segment_costs_its_own_contents() {
+    for scene in [Scene::new(service), Scene::new(byok)] {
+        for at in (0..SEGMENTS).map(|segment| (0, segment)) {
+            for other in all_segments().filter(|other| *other != at) {
+                scene.check_exchanged(at, Exchange::Swapped(other));
+                scene.check_exchanged(at, Exchange::Foreign(other));
+            }
+            scene.check_exchanged(at, Exchange::Directory);
+            scene.check_exchanged(at, Exchange::Link);
+        }
+    }
+}
+
+/// A segment of a fork of the store has the name of another one and an authentic header.
+#[test]
+fn a_segment_of_a_fork_costs_its_own_contents() {
+    for exchanged in [2, 3] {
+        let world = World::manual_in_memory();
+        let store = world.create();
+        let logstore = world.service(&store, NAME);
+        let write = |logstore: &Logstore, texts: [&str; 2]| {
+            for text in texts {
+                put_in_first(logstore, text);
+                logstore.roll().unwrap();
+            }
+        };
+        write(&logstore, ["1", "2"]);
+        let dir = world.logstore_dir(&logstore);
+        drop(logstore);
+        store.close().unwrap();
+        let fork = world.path().join("fork");
+        copy_dir(&world.store_dir(), &fork);
+        let stores = [world.open(), world.builder_at(&fork).open().unwrap()];
+        for (store, texts) in stores.into_iter().zip([["3", "4"], ["other 3", "other 4"]]) {
+            write(&store.logstore(&name(NAME)).unwrap(), texts);
+            store.close().unwrap();
+        }
+        let path = segments(&dir, 0).remove(exchanged);
+        let other = fork.join(path.strip_prefix(world.store_dir()).unwrap());
+        fs::copy(other, &path).unwrap();
+
+        let store = world.open();
+        let logstore = store.logstore(&name(NAME)).unwrap();
+        let mut all = vec!["1", "2", "3", "4"];
+        let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
+        let read: Vec<_> = reader.by_ref().map_while(Result::ok).collect();
+        assert_eq!(strings(&read), all[..exchanged]);
+        store.admin().repair(&name(NAME), 0, &RepairOptions::default()).unwrap_err();
+        let options = RepairOptions::default().accept_tampered(true);
+        let losses = store.admin().repair(&name(NAME), 0, &options).unwrap().losses;
+        let ordinals: Vec<_> =
+            losses.iter().map(|loss| (loss.first_ordinal, loss.last_ordinal)).collect();
+        let ordinal = exchanged as u64 + 1;
+        assert_eq!(ordinals, [(ordinal, ordinal)]);
+        drop(logstore);
+        store.close().unwrap();
+        let store = world.open();
+        let logstore = store.logstore(&name(NAME)).unwrap();
+        put_in_first(&logstore, "after the repair");
+        all.remove(exchanged);
+        all.push("after the repair");
+        assert_eq!(texts(&logstore), all, "{exchanged}");
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        assert!(report.is_clean(), "{exchanged}: {report:?}");
     }
 }

@@ -9,7 +9,7 @@ use tracing_subscriber::filter::Targets;
 use crate::{
     lines::LongLines,
     settings::{SWITCH, StoreSettings},
-    values::{bytes, duration, position, seconds, switch, time},
+    values::{age, bytes, position, seconds, switch, time},
 };
 
 const EXAMPLES: &str = "\
@@ -23,7 +23,8 @@ Examples:
 Exit status:
   0 done   1 other error   2 usage   3 key revoked   4 KMS unreachable
   5 corruption, tampering or rollback found   6 configuration refused
-  7 store locked, missing or taken over; keyring or anchor missing or not the store's";
+  7 store locked, missing or taken over; keyring or anchor missing or not the store's
+  130 interrupted by a signal";
 
 #[derive(Debug, Parser)]
 #[command(name = "envelog", version, about = "Encrypted, append-only log storage", after_help = EXAMPLES, arg_required_else_help = true, max_term_width = 110)]
@@ -124,6 +125,9 @@ Example:
     Delete(ConfirmedArgs),
     /// Append lines of files or of standard input, one log per line
     #[command(after_help = "\
+SIGINT, SIGTERM and SIGHUP end it once the lines that were read are stored, with status 130; SIGTERM with status 0, unless a
+line was cut. A second signal ends it at once, with status 130: lines that were not acknowledged may be stored or not.
+
 Examples:
   envelog append shop/orders access.log error.log
   tail -F app.log | envelog append shop/orders - --ack")]
@@ -138,6 +142,8 @@ Examples:
     Read(ReadArgs),
     /// Print the last logs, and with -f new logs as they arrive
     #[command(after_help = "\
+Logs among them that are lost, damaged or shredded are passed over. They are named on standard error, and the status is 0.
+
 Examples:
   envelog tail shop/orders -n 100
   envelog tail shop/orders -f | grep ERROR")]
@@ -170,6 +176,9 @@ Examples:
     /// Record how far every shard is written, for a later `verify --against`
     #[command(after_help = "\
 Keep the file away from the store: `verify --against FILE` detects that the store was rolled back to an older state.
+
+It reads no logs. If a segment is missing, or the last one of a shard is damaged, it writes the file all the same, names the
+Logstore, and ends with status 5.
 
 Example:
   envelog checkpoint --out /backup/checkpoint")]
@@ -462,8 +471,8 @@ pub(crate) struct ReadArgs {
     /// seconds since 1970
     #[arg(long, value_name = "POSITION", value_parser = position, default_value = "begin")]
     pub(crate) from: Position,
-    /// Begin this long before now, such as 1h
-    #[arg(long, value_name = "TIME", value_parser = duration, conflicts_with = "from")]
+    /// Begin this long before now, such as 30m, 1h, 2d, 1w
+    #[arg(long, value_name = "TIME", value_parser = age, conflicts_with = "from")]
     pub(crate) since: Option<Duration>,
     /// Where to stop (exclusive)
     #[arg(long, value_name = "POSITION", value_parser = position)]
@@ -531,7 +540,7 @@ pub(crate) struct DoctorArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) backup: Option<PathBuf>,
     /// The greatest age of the backup
-    #[arg(long, value_name = "DURATION", default_value = "25h", value_parser = crate::values::duration)]
+    #[arg(long, value_name = "DURATION", default_value = "25h", value_parser = age)]
     pub(crate) backup_age: Duration,
 }
 

@@ -1,9 +1,14 @@
 //! Handles signals. SIGINT, SIGTERM and SIGHUP set a flag, which commands check where stopping loses
 //! nothing.
 
-use std::sync::{
-    Arc, LazyLock,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc::{RecvTimeoutError, Sender, channel},
+    },
+    thread,
+    time::Duration,
 };
 
 use signal_hook::{
@@ -11,7 +16,15 @@ use signal_hook::{
     flag,
 };
 
-use crate::exit::{Failure, Result, Status};
+use crate::{
+    exit::{Failure, Result, Status},
+    output,
+};
+
+/// How often [`Reminder`] looks for a signal.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// After how many looks since the signal it says something.
+const LOOKS: u32 = 10;
 
 /// The last signal; 0 before the first one.
 static SIGNAL: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Arc::default);
@@ -39,6 +52,35 @@ pub(crate) fn survive_file_size_limit() {
 /// Whether a signal asked the process to stop.
 pub(crate) fn asked() -> bool {
     SIGNAL.load(Ordering::Relaxed) != 0
+}
+
+/// Says what the process waits for if it has not ended a second after a signal: a disk or a KMS that
+/// does not answer may keep it for ever. Dropping it ends its thread.
+pub(crate) struct Reminder {
+    _ends: Sender<()>,
+}
+
+impl Reminder {
+    pub(crate) fn begin(waits_for: &'static str) -> Result<Self> {
+        let (ends, ended) = channel();
+        let watch = move || {
+            let mut looks = 0;
+            while looks < LOOKS && ended.recv_timeout(LOOK_EVERY) == Err(RecvTimeoutError::Timeout)
+            {
+                looks += u32::from(asked());
+            }
+            if looks == LOOKS {
+                output::notice(format_args!(
+                    "waiting until {waits_for}; a second signal ends this at once"
+                ));
+            }
+        };
+        thread::Builder::new()
+            .name("signals".to_owned())
+            .spawn(watch)
+            .map_err(|error| Failure::other(format!("cannot start a thread: {error}")))?;
+        Ok(Self { _ends: ends })
+    }
 }
 
 /// Fails if a signal asked the process to stop.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use envelog::Position;
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Span};
 
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     match delay(text)? {
@@ -18,6 +18,22 @@ pub(crate) fn delay(text: &str) -> Result<Duration, String> {
     duration
         .and_then(|duration| Duration::try_from(duration).ok())
         .ok_or_else(|| "give a number and a unit, such as 500ms, 30s, 5m".to_owned())
+}
+
+/// Parses how long ago something was. As [`duration`], but also in days and weeks of 24 hours each.
+pub(crate) fn age(text: &str) -> Result<Duration, String> {
+    let wrong = || "give a number and a unit, such as 30s, 5m, 1h, 2d, 1w".to_owned();
+    let span = text.parse::<Span>().map_err(|_| wrong())?;
+    let days = i64::from(span.get_weeks()) * 7 + i64::from(span.get_days());
+    let whole = SignedDuration::try_from_hours(days * 24);
+    // Months and years have no one length, and are an error here.
+    let rest = span.try_weeks(0).and_then(|span| span.try_days(0)).map(SignedDuration::try_from);
+    let age = match (whole, rest) {
+        (Some(whole), Ok(Ok(rest))) => whole.checked_add(rest),
+        _ => None,
+    };
+    let age = age.and_then(|age| Duration::try_from(age).ok()).ok_or_else(wrong)?;
+    if age.is_zero() { Err("it must be greater than zero".to_owned()) } else { Ok(age) }
 }
 
 /// Writes a duration in its largest unit that leaves no fraction, as [`delay`] parses it.
@@ -219,6 +235,38 @@ mod tests {
         assert_eq!(count("17"), Ok(17));
         for bad in ["", "-1", "1.5", "99999999999999999999999"] {
             assert!(count(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ages_may_be_in_days_and_weeks() {
+        for (text, seconds) in [
+            ("90s", 90),
+            ("5m", 300),
+            ("1h", 3600),
+            ("1d", 86_400),
+            ("1d 12h", 129_600),
+            ("2w", 1_209_600),
+            ("1w1d1h1m1s", 694_861),
+            ("500 days", 43_200_000),
+        ] {
+            assert_eq!(age(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        assert_eq!(age("10ms"), Ok(Duration::from_millis(10)));
+        for bad in [
+            "",
+            "0s",
+            "0d",
+            "1",
+            "d",
+            "-1d",
+            "1d ago",
+            "1mo",
+            "1y",
+            "1y 1d",
+            "99999999999999999999d",
+        ] {
+            assert!(age(bad).is_err(), "{bad}");
         }
     }
 

@@ -97,6 +97,14 @@ fn a_restore_ends_at_a_time() {
         world.ok(&[&["verify", "--store", to][..], &keyring].concat());
     }
     world.run(&["restore", "backup", "--store", "x", "--until", "yesterday"]).assert(2);
+    fs::create_dir(world.path("empty")).unwrap();
+    for nothing in ["nowhere", "empty"] {
+        let refused = world.run(&["restore", nothing, "--store", "x"]);
+        refused.assert(7);
+        let said = format!("there is no backup at {nothing}");
+        assert!(refused.stderr.contains(&said), "{}", refused.stderr);
+        assert!(!refused.stderr.contains("create"), "{}", refused.stderr);
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 
 use common::{World, copy_dir, service};
 use serde_json::json;
@@ -117,7 +117,85 @@ fn the_losses_of_a_store_are_accepted() {
     world.refused(5, &["verify", "--against", "before"]);
     world.ok(&["checkpoint", "--out", "after"]);
     world.ok(&["verify", "--against", "after"]);
+    // Each acceptance stays visible.
+    let accepted = ["the loss of the key audit log", "p/gone", "shard 0 of p/l has lost groups"];
+    let notes = String::from_utf8(world.ok(&["verify"])).unwrap();
+    let status = String::from_utf8(world.ok(&["status"])).unwrap();
+    assert!(accepted.iter().all(|what| notes.contains(what)), "{notes}");
+    let shown = ["the loss of the key audit log", "p/gone", "p/l: shard 0 has lost groups"];
+    assert!(shown.iter().all(|what| status.contains(what)), "{status}");
+    let status = world.json(&["status", "--json"]);
+    let events: Vec<_> = status["audit"]["accepted"].as_array().unwrap().iter().collect();
+    assert_eq!(
+        (&events[0]["event"], &events[1]["event"]),
+        (&json!("loss_accepted"), &json!("given_up"))
+    );
+    assert_eq!(status["audit"]["fault"], json!(null));
     world.create("p/gone", &service("sm4"));
+}
+
+/// `status` says that the key audit log is damaged, and shows the Logstores all the same.
+#[test]
+fn a_damaged_audit_log_hides_no_status() {
+    let world = filled();
+    fs::remove_dir_all(world.path("envelog-data/audit")).unwrap();
+    let status = String::from_utf8(world.ok(&["status"])).unwrap();
+    assert!(
+        status.contains("p/l") && status.contains("the key audit log cannot be read"),
+        "{status}"
+    );
+    let status = world.json(&["status", "--json"]);
+    assert_eq!(status["audit"]["fault"]["code"], json!("truncated"));
+    world.ok(&["repair", "--yes"]);
+    let status = world.json(&["status", "--json"]);
+    assert_eq!(status["audit"]["accepted"][0]["event"], json!("loss_accepted"));
+}
+
+/// Another object has the name of a file that a writer needs.
+#[test]
+fn verify_reports_what_no_writer_can_use() {
+    for file in ["LOCK", "EPOCH"] {
+        for object in ["directory", "link", "dangling link", "fifo"] {
+            let world = filled();
+            let path = world.path("envelog-data").join(file);
+            let _ = fs::remove_file(&path);
+            world.ok(&["verify"]);
+            let aside = world.path("aside");
+            fs::write(&aside, "").unwrap();
+            match object {
+                "directory" => fs::create_dir(&path).unwrap(),
+                "link" => symlink(&aside, &path).unwrap(),
+                "dangling link" => symlink("nowhere", &path).unwrap(),
+                _ => assert!(Command::new("mkfifo").arg(&path).status().unwrap().success()),
+            }
+            let verified = world.run(&["verify", "--json"]);
+            verified.assert(5);
+            let report: serde_json::Value = serde_json::from_slice(&verified.stdout).unwrap();
+            let fault = &report["faults"][0];
+            assert_eq!(fault["code"], json!("wrong_file_type"), "{file} {object}: {report}");
+            assert!(fault["file"].as_str().unwrap().ends_with(file), "{report}");
+            assert!(world.read("p/l").starts_with(b"1.1\n"));
+            world.run(&["append", "p/l", &world.file("more", "more\n")]).assert(5);
+        }
+    }
+}
+
+/// A checkpoint of a damaged store says so, and has everything else.
+#[test]
+fn a_checkpoint_names_missing_segments() {
+    let world = filled();
+    world.create("p/other", &service("sm4"));
+    world.ok(&["append", "p/other", &world.file("lines", "other\n")]);
+    fs::remove_file(segment(&world, 2)).unwrap();
+    let checkpoint = world.run(&["checkpoint", "--out", "damaged", "--json"]);
+    checkpoint.assert(5);
+    let answer: serde_json::Value = serde_json::from_slice(&checkpoint.stdout).unwrap();
+    assert_eq!(answer["failed"][0]["name"], json!("p/l"), "{answer}");
+    assert_eq!(answer["failed"][0]["error"]["code"], json!("truncated"), "{answer}");
+    world.ok(&["verify", "p/other", "--against", "damaged"]);
+    world.ok(&["repair", "p/l", "--shard", "0", "--yes"]);
+    world.ok(&["checkpoint", "--out", "repaired"]);
+    world.ok(&["verify", "--against", "repaired"]);
 }
 
 #[test]

@@ -8,10 +8,12 @@ mod common;
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
+    process::Stdio,
 };
 
 use common::{Running, World, byok, made_lines, service};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 /// The input files: name and bytes.
@@ -262,6 +264,38 @@ fn an_interrupted_append_keeps_what_was_whole() {
     world.ok(&["verify"]);
 }
 
+/// The reader of the acknowledgements does not read, so the process waits for it without end.
+#[test]
+fn a_second_signal_ends_an_append_that_waits() {
+    let world = World::new();
+    world.create("p/a", &Value::Null);
+    let lines = world.file("lines", "0123456789abcdef\n".repeat(20_000));
+    let mut command = world.command(&[
+        "append",
+        "p/a",
+        &lines,
+        "--ack",
+        "--group-bytes",
+        "1",
+        "--durability",
+        "buffered",
+    ]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut append = command.spawn().unwrap();
+    let pid = Pid::from_child(&append);
+    let mut first = [0; 2];
+    append.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"1\n");
+    kill_process(pid, Signal::INT).unwrap();
+    let mut said = String::new();
+    BufReader::new(append.stderr.as_mut().unwrap()).read_line(&mut said).unwrap();
+    assert!(said.contains("a second signal ends this at once"), "{said}");
+    kill_process(pid, Signal::TERM).unwrap();
+    assert_eq!(append.wait().unwrap().code(), Some(130));
+    world.ok(&["append", "p/a", &world.file("more", "more\n")]);
+    world.ok(&["verify"]);
+}
+
 #[test]
 fn a_terminated_append_that_kept_everything_succeeds() {
     for (input, status) in [("one\ntwo\n", 0), ("one\ntwo\nhalf of", 130)] {
@@ -305,7 +339,12 @@ fn a_read_begins_some_time_ago() {
     let world = World::new();
     world.create("p/a", &Value::Null);
     world.ok(&["append", "p/a", &world.file("lines", "one\ntwo\n")]);
-    assert_eq!(world.ok(&["read", "p/a", "--since", "1h"]), b"one\ntwo\n");
+    for since in ["1h", "5m", "90s", "1d", "2w", "1d 12h"] {
+        assert_eq!(world.ok(&["read", "p/a", "--since", since]), b"one\ntwo\n", "{since}");
+    }
+    for wrong in ["1mo", "1", "0d", "-1d"] {
+        world.run(&["read", "p/a", &format!("--since={wrong}")]).assert(2);
+    }
     std::thread::sleep(std::time::Duration::from_millis(20));
     assert_eq!(world.ok(&["read", "p/a", "--since", "10ms"]), b"");
     assert_eq!(world.ok(&["read", "p/a", "--from", "@1000000000"]), b"one\ntwo\n");

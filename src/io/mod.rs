@@ -256,6 +256,18 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// The entries of a directory, in no order.
     fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>>;
 
+    /// A number that changes when a name in a directory is added, removed or replaced. `None` if the
+    /// disk cannot tell now: a caller then lists the directory. By default always `None`. A disk of
+    /// the operating system tells by the times of the directory. A network file system may show them
+    /// late, so a caller lists the directory from time to time all the same.
+    ///
+    /// # Errors
+    /// As [`Disk::list_dir`].
+    fn names_mark(&self, dir: &Path) -> io::Result<Option<u128>> {
+        let _ = dir;
+        Ok(None)
+    }
+
     /// The status of a file. `None` if the name does not exist, so `NotFound` is not an error here.
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>>;
 

@@ -22,11 +22,15 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode, Owner};
-use root::{Resolver, Root};
+use super::{
+    Access, Clock, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode, Owner, SystemClock,
+};
+use root::{HANDLE, Resolver, Root};
 
 /// How many zeros one write writes where the file system cannot allocate, in bytes.
 const ZEROS_AT_ONCE: u64 = 64 << 10;
+/// A second in nanoseconds.
+const SECOND: i128 = 1_000_000_000;
 
 /// The file system of the operating system.
 ///
@@ -139,6 +143,11 @@ impl Disk for RealDisk {
     fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
         let disk = Self::directory(path)?;
         disk.list_dir(disk.root.path())
+    }
+
+    fn names_mark(&self, dir: &Path) -> io::Result<Option<u128>> {
+        let disk = Self::directory(dir)?;
+        disk.names_mark(disk.root.path())
     }
 
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
@@ -302,6 +311,13 @@ impl Disk for RootedDisk {
         Ok(entries)
     }
 
+    fn names_mark(&self, dir: &Path) -> io::Result<Option<u128>> {
+        let stat = rustix::fs::fstat(self.root.open_dir(dir, HANDLE)?)?;
+        let modified = i128::from(stat.st_mtime) * SECOND + i128::from(stat.st_mtime_nsec);
+        let changed = i128::from(stat.st_ctime) * SECOND + i128::from(stat.st_ctime_nsec);
+        Ok(mark_of(modified, changed, i128::from(SystemClock.wall_us()) * 1000))
+    }
+
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
         let place = match self.root.parent(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -446,6 +462,17 @@ fn stat_of(stat: &Stat) -> FileStat {
             mode: u32::from(stat.st_mode) & 0o7777,
         }),
     }
+}
+
+/// The mark of a directory with these times, in nanoseconds since the Unix epoch. A later change may
+/// leave the times as they are, if the file system counts in steps and the step is not over. Linux
+/// counts in steps of at most 10 ms. Some file systems store whole seconds, or every other one.
+pub(super) fn mark_of(modified: i128, changed: i128, now: i128) -> Option<u128> {
+    let last = modified.max(changed);
+    let step = if last % SECOND == 0 { 3 * SECOND } else { SECOND / 20 };
+    // 64 bits of nanoseconds are enough for 500 years.
+    let mark = u128::from(modified as u64) << 64 | u128::from(changed as u64);
+    (now >= last + step).then_some(mark)
 }
 
 impl From<FileType> for FileKind {

@@ -50,6 +50,56 @@ fn fifo(path: &Path) {
     mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
 }
 
+/// There is no mark as long as a change may leave the times of the directory as they are.
+#[test]
+fn a_directory_that_has_just_changed_has_no_mark() {
+    const SECOND: i128 = 1_000_000_000;
+    let last = 1_800_000_000 * SECOND + 1;
+    for (modified, changed) in [(last, last - 5), (last - 5, last)] {
+        let mark = |now| real::mark_of(modified, changed, now);
+        for early in [0, last - SECOND, last, last + SECOND / 20 - 1] {
+            assert_eq!(mark(early), None);
+        }
+        let found = mark(last + SECOND / 20);
+        assert!(found.is_some() && found == mark(last + 100 * SECOND));
+        assert_ne!(found, real::mark_of(changed, modified, last + SECOND));
+    }
+    // A file system with whole seconds, or every other one.
+    let mark = |now| real::mark_of(last - 1, last - 1, now);
+    assert_eq!(mark(last + 2 * SECOND), None);
+    assert!(mark(last + 3 * SECOND).is_some());
+}
+
+#[test]
+fn a_directory_shows_that_its_names_change() {
+    for (dir, disk) in disks() {
+        let below = dir.path().join("below");
+        disk.create_dir(&below).unwrap();
+        let mark = || {
+            let mut marks = std::iter::from_fn(|| Some(disk.names_mark(&below).unwrap()));
+            marks.by_ref().flatten().next().unwrap()
+        };
+        let mut before = mark();
+        let (one, two) = (below.join("one"), below.join("two"));
+        let changes: [&dyn Fn(); 4] = [
+            &|| fs::write(&one, "").unwrap(),
+            &|| disk.rename(&one, &two).unwrap(),
+            &|| drop(disk.open(&one, OpenMode::CreateNew).unwrap()),
+            &|| disk.remove_file(&two).unwrap(),
+        ];
+        for change in changes {
+            assert_eq!(mark(), before);
+            change();
+            assert_ne!(mark(), before);
+            before = mark();
+        }
+        fs::write(&one, "changes no name").unwrap();
+        assert_eq!(mark(), before);
+        assert_eq!(RealDisk.names_mark(&below).unwrap(), Some(before));
+        disk.names_mark(&dir.path().join("missing")).unwrap_err();
+    }
+}
+
 #[test]
 fn temporary_names() {
     for number in [0, 1, 9, 63] {

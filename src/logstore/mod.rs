@@ -367,10 +367,9 @@ impl LogstoreShared {
                 let opened = match shard.open_readable(name) {
                     Ok(Some(opened)) => opened,
                     Ok(None) => continue,
+                    Err(error) if shard.has_accepted(name.ordinal, &error) => continue,
                     Err(error) if error.is_loss() => {
-                        if !shard.is_lost(name.ordinal) {
-                            status.unreadable_segments += name.last_ordinal() - name.ordinal + 1;
-                        }
+                        status.unreadable_segments += name.last_ordinal() - name.ordinal + 1;
                         continue;
                     }
                     Err(error) => return Err(error),

@@ -39,7 +39,8 @@ impl Default for Chain {
 
 impl Chain {
     /// A segment as the catalogue proves it, without a key. `None` when it is behind the head that
-    /// the catalogue has, or when it, or a segment between it and the head, is lost. An accepted
+    /// the catalogue has, or when it, or a segment between it and the head, is lost, or another
+    /// object is in its place. An accepted
     /// loss interrupts the chain for the lost segments only: it names the end in front of it. Reads
     /// header and footer of each segment from the head down to this one, once, and the blocks of
     /// those that were cut or are open.
@@ -74,7 +75,7 @@ impl Chain {
             }
             let Some(name) = list.find(end.ordinal)? else { return Ok(None) };
             let proved = match prove_one(list, &name, sealed, end) {
-                Err(lost) if lost.is_loss() => return Ok(None),
+                Err(lost) if lost.is_loss() || is_exchanged(&lost) => return Ok(None),
                 proved => proved?,
             };
             lock(&self.proved).insert(end.ordinal, proved.clone());
@@ -91,6 +92,12 @@ impl Chain {
         let mut proved = lock(&self.proved);
         *proved = proved.split_off(&ordinal);
     }
+}
+
+/// Whether another object is in the place of a segment. It says as little about the segments in front
+/// as a missing file does.
+fn is_exchanged(error: &Error) -> bool {
+    matches!(error, Error::Tampered { .. } | Error::WrongFileType { .. })
 }
 
 /// Proves one segment by its end, which is authenticated.

@@ -7,7 +7,7 @@ use super::{
     Shard,
     listing::SegmentRef,
     record::{Head, ShardRecord},
-    scanning::{Scanned, front_until},
+    scanning::{Scanned, first_after, front_until},
     segments::{End, Opened, Proof, SegmentList, read_footer},
 };
 use crate::{
@@ -40,12 +40,20 @@ pub(crate) struct CopySource {
     pub(crate) damage: Option<Error>,
 }
 
+/// Where a copy cuts a segment.
+pub(crate) struct CopyCut {
+    /// The head behind the blocks in front of the cut, or in front of damage there.
+    pub(crate) head: Head,
+    /// The number of bytes in front of the cut.
+    pub(crate) bytes: u64,
+}
+
 impl Shard {
     /// Opens a segment to copy it. The copy of an open segment ends behind its last block. A damaged
     /// file is copied as it is.
     ///
     /// # Errors
-    /// [`Error::Truncated`] if there is no such file; [`Error::Io`].
+    /// [`Error::Truncated`] if there is no such file; [`Error::WrongFileType`]; [`Error::Io`].
     pub(crate) fn copy_source(&self, name: &SegmentRef) -> Result<CopySource> {
         let list = self.list();
         match list.open_segment(name) {
@@ -86,6 +94,22 @@ impl Shard {
             Err(error) if error.kind() == ErrorKind::Integrity => Ok(true),
             reached => reached,
         }
+    }
+
+    /// The record of a copy whose catalogue is lost, with a head behind the last segment that can be
+    /// read. Needs no key, so nothing of it is authenticated.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and others that are no damage.
+    pub(crate) fn record_by_files(&self) -> Result<ShardRecord> {
+        let list = self.list();
+        for name in list.segments(false)?.iter().rev().filter(|name| !name.is_missing()) {
+            match head_by_file(list, name) {
+                Err(error) if error.kind() == ErrorKind::Integrity => {}
+                head => return Ok(ShardRecord { head: Some(head?), ..list.record() }),
+            }
+        }
+        Ok(list.record())
     }
 
     /// The head behind the last block of a copy, all of whose bytes are synced. The caller has
@@ -129,22 +153,42 @@ impl Shard {
         Ok(Head::open(&opened.header, &builder, begin))
     }
 
-    /// The head behind the blocks of a segment in front of the first one with a group that was
-    /// received after `until_us`. `None` if there is no such block. Needs no key.
+    /// Where a segment has its first block with a group that was received after `until_us`. `None` if
+    /// there is no such block, or if the header of the segment cannot be read. Needs no key.
     ///
     /// # Errors
-    /// The integrity errors of the segment; [`Error::Io`].
-    pub(crate) fn head_before(&self, name: &SegmentRef, until_us: u64) -> Result<Option<Head>> {
-        let opened = self.list().open_segment(name)?;
+    /// [`Error::Io`] and others that are no damage.
+    pub(crate) fn cut_before(&self, name: &SegmentRef, until_us: u64) -> Result<Option<CopyCut>> {
+        let list = self.list();
+        let opened = list.open_segment(name).or_else(|error| match error.kind() {
+            ErrorKind::Integrity => list.open_damaged(name, error),
+            _ => Err(error),
+        });
+        let opened = match opened {
+            Err(error) if error.kind() == ErrorKind::Integrity => return Ok(None),
+            opened => opened?,
+        };
         let blocks_end = match &opened.end {
             End::Sealed(sealed) if sealed.footer.last_time_us <= until_us => return Ok(None),
             End::Sealed(sealed) => sealed.footer.offset,
             End::Cut(end) => end.bytes,
             _ => opened.file_len()?,
         };
-        let (front, end, is_cut) = front_until(&opened, blocks_end, until_us)?;
-        Ok(is_cut.then(|| Head::open(&opened.header, &front, end)))
+        let at = first_after(&opened, list.gate(), blocks_end, until_us)?;
+        let Some(bytes) = at else { return Ok(None) };
+        let (front, end, _) = front_until(&opened, bytes, u64::MAX)?;
+        Ok(Some(CopyCut { head: Head::open(&opened.header, &front, end), bytes }))
     }
+}
+
+/// The head behind the blocks of a segment, by its file.
+fn head_by_file(list: &SegmentList, name: &SegmentRef) -> Result<Head> {
+    let opened = list.open_segment(name)?;
+    let len = opened.file_len()?;
+    let footer = read_footer(&*opened.file, &name.path, &opened.header, len)?;
+    let blocks_end = footer.as_ref().map_or(len, |sealed| sealed.footer.offset);
+    let (builder, end, _) = front_until(&opened, blocks_end, u64::MAX)?;
+    Ok(Head::open(&opened.header, &builder, if footer.is_some() { len } else { end }))
 }
 
 /// Whether a segment, or the one that recovery has rewritten its last blocks into, reaches a head.

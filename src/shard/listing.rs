@@ -80,7 +80,7 @@ pub(super) fn list_segments(
     let names: Vec<SegmentName> = names
         .iter()
         .filter_map(|name| SegmentName::parse(name))
-        .filter(|name| name.ordinal >= record.first_ordinal && name.first_seq >= record.first_seq)
+        .filter(|name| is_possible(record, name))
         .collect();
     let mut segments: Vec<SegmentRef> = Vec::new();
     let (mut expected, mut first_seq) = (record.first_ordinal, record.first_seq);
@@ -107,6 +107,12 @@ pub(super) fn list_segments(
         segments.extend(missing(dir, record, expected..last + 1, next_seq.max(first_seq)));
     }
     segments
+}
+
+/// Whether a writer can have given a segment this name, by the catalogue alone.
+fn is_possible(record: &ShardRecord, name: &SegmentName) -> bool {
+    let numbers = record.first_seq..=record.first_seq_max(name.ordinal);
+    name.ordinal >= record.first_ordinal && numbers.contains(&name.first_seq)
 }
 
 /// The segments of these ordinals, which are missing: those whose loss is accepted and the others
@@ -364,5 +370,27 @@ mod tests {
         let record = ShardRecord { first_ordinal: 3, first_seq: 20, ..ShardRecord::default() };
         let names = [name(2, 25, 1), name(3, 20, 1), name(4, 19, 1)];
         assert_eq!(listed_beside(&names, &[], &record), [(3, 3, 1, false)]);
+    }
+
+    /// A name beyond the numbers that the segments in front of it can have used up. If it counted, the
+    /// shard would have no numbers left.
+    #[test]
+    fn names_above_all_numbers_are_strange() {
+        let known = ShardRecord { head: Some(head(2, 30)), ..ShardRecord::default() };
+        let lost = ShardRecord { losses: vec![loss(1, 2)], ..ShardRecord::default() };
+        for (record, last) in [(ShardRecord::default(), 0), (known, 2), (lost, 2)] {
+            let names = if last == 2 { vec![name(1, 0, 1), name(2, 5, 1)] } else { Vec::new() };
+            let before = listed(&names, record.losses.clone());
+            for ordinal in last..=last + 1 {
+                for first_seq in [u64::MAX, u64::MAX - RESERVED_SEQS, 1 << 63, 1 << 34] {
+                    let names = [&names[..], &[name(ordinal.max(1), first_seq, 9)]].concat();
+                    assert_eq!(listed_beside(&names, &[], &record), before, "{names:?}");
+                }
+            }
+            let reached = record.first_seq_max(last + 1);
+            let names = [&names[..], &[name(last + 1, reached, 9)]].concat();
+            let found = listed_beside(&names, &[], &record);
+            assert_eq!(found.last(), Some(&(last + 1, last + 1, 9, false)), "{names:?}");
+        }
     }
 }

@@ -353,6 +353,13 @@ impl Shard {
         self.list.segments(true)
     }
 
+    /// The first segments that are missing and whose loss is not accepted.
+    pub(crate) fn first_missing(&self) -> Result<Option<SegmentRef>> {
+        let segments = self.list.segments(true)?;
+        let is_missing = |one: &&SegmentRef| one.is_missing() && !self.is_lost(one.ordinal);
+        Ok(segments.iter().find(is_missing).cloned())
+    }
+
     /// See [`SegmentList::strangers`].
     pub(crate) fn strangers(&self) -> Result<Vec<PathBuf>> {
         self.list.strangers()
@@ -380,6 +387,11 @@ impl Shard {
     /// See [`SegmentList::is_lost`].
     pub(crate) fn is_lost(&self, ordinal: u64) -> bool {
         self.list.is_lost(ordinal)
+    }
+
+    /// Whether an operator has accepted this error of a segment.
+    pub(crate) fn has_accepted(&self, ordinal: u64, error: &Error) -> bool {
+        self.list.has_accepted(ordinal, error)
     }
 
     /// The accepted losses.

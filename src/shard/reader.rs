@@ -447,7 +447,7 @@ impl Reader {
     /// `error`, if it is about anything else; otherwise [`Error::Lost`].
     fn pass_loss(&mut self, error: Error) -> Result<()> {
         let Some(ordinal) = self.at else { return Err(error) };
-        let accepted = self.is_accepted(ordinal, &error);
+        let accepted = self.list.has_accepted(ordinal, &error);
         let shredded = matches!(error, Error::Shredded { .. });
         if !accepted && !shredded && !error.is_loss() {
             return Err(error);
@@ -503,11 +503,6 @@ impl Reader {
             None => None,
         };
         Ok(end.is_some_and(|end| end.end_seq <= self.next_seq || end.last_time_us < self.from_us))
-    }
-
-    /// Whether an operator has accepted this error of a segment.
-    fn is_accepted(&self, ordinal: u64, error: &Error) -> bool {
-        self.list.record().loss(ordinal).is_some_and(|loss| loss.covers(error))
     }
 
     /// Counts a record that is returned.
@@ -634,6 +629,7 @@ impl Reader {
         let Some(last) = segments.last().filter(|last| last.ordinal > header.ordinal) else {
             return Ok(false);
         };
+        let ordinal = last.ordinal;
         let opened = self.list.open_listed(last).and_then(|opened| match opened {
             Some(opened) => self.list.authenticate(&opened).map(|()| Some(opened)),
             None => Ok(None),
@@ -643,7 +639,7 @@ impl Reader {
             Err(Error::Shredded { .. }) => {
                 self.list.proved(last.ordinal)?.map(|proved| proved.header)
             }
-            Err(lost) if lost.is_loss() => None,
+            Err(lost) if lost.is_loss() || self.list.has_accepted(ordinal, &lost) => None,
             Err(error) => return Err(error),
         };
         Ok(last.is_none_or(|last| last.setbacks != header.setbacks))
@@ -720,10 +716,9 @@ impl Reader {
     ) -> Result<()> {
         (self.cursor, self.at) = (None, Some(segment.last_ordinal()));
         let opened = match self.list.open_listed(segment) {
-            // Everything authentic in front of the damage is read.
-            Err(error) if error.is_loss() || self.is_accepted(segment.ordinal, &error) => {
-                Some(self.list.open_damaged(segment, error)?)
-            }
+            // Everything authentic in front of the damage is read. What is forged or exchanged is not,
+            // also if an operator has accepted that: a segment of a fork has authentic blocks.
+            Err(error) if error.is_loss() => Some(self.list.open_damaged(segment, error)?),
             opened => opened?,
         };
         let Some(opened) = opened else { return Ok(()) };

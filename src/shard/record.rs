@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::writer::RESERVED_SEQS;
 use crate::{
     Error, ErrorKind, Result,
     config::LogstoreName,
@@ -46,6 +47,18 @@ impl ShardRecord {
     pub(crate) fn last_known(&self) -> u64 {
         let head = self.head.as_ref().map_or(0, |head| head.ordinal);
         head.max(self.losses.last().map_or(0, |loss| loss.last))
+    }
+
+    /// The highest first sequence number that a segment of this ordinal can have. A segment reserves
+    /// [`RESERVED_SEQS`] numbers, and the catalogue records each point behind which a shard has
+    /// skipped more.
+    pub(super) fn first_seq_max(&self, ordinal: u64) -> u64 {
+        let reach = |known: u64, seq: u64| {
+            seq.saturating_add(RESERVED_SEQS.saturating_mul(ordinal.saturating_sub(known)))
+        };
+        let head = self.head.as_ref().map_or(0, |head| reach(head.ordinal, head.next_seq));
+        let lost = self.losses.last().map_or(0, |loss| reach(loss.last, loss.end_seq));
+        reach(self.first_ordinal.saturating_sub(1), self.first_seq).max(head).max(lost)
     }
 
     /// Adds an accepted loss. Keeps the order.

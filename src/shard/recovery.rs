@@ -6,7 +6,7 @@
 //! bytes behind them are a torn tail, dropped and reported. Damage below the mark is corruption:
 //! reported, and the file is left alone.
 
-use std::{path::PathBuf, sync::Arc};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -16,12 +16,12 @@ use super::{
     record::{Head, Loss},
     rules::check_rules,
     scanning::{Prover, Scanned, add, in_place},
-    segments::{End, Opened, Proof, SegmentList, read_header},
+    segments::{End, Opened, Proof, SegmentList},
     writer::{KeyUse, NewSegment, Next, WriteEnv},
 };
 use crate::{
-    Error, Result,
-    io::{OpenMode, read_exact_at},
+    Error, ErrorKind, Result,
+    io::read_exact_at,
     segment::{BlockKind, BlockView, FooterBuilder, Predecessor, ScannedBlock, SealBuffer},
 };
 
@@ -139,11 +139,17 @@ impl Recovery<'_> {
         let segments = self.list.segments(false)?;
         let Some(last) = segments.last() else { return Ok((self.behind_record(), None)) };
         self.list.make_names_durable()?;
-        if let Some(loss) = self.list.ends_in_loss()?
-            && !self.list.has_header(last)?
-        {
-            return Ok((self.behind_loss(&loss), None));
+        match (self.end_last(last), self.list.ends_in_loss()?) {
+            // An operator has given it up.
+            (Err(error), Some(loss)) if error.kind() == ErrorKind::Integrity => {
+                Ok((self.behind_loss(&loss), None))
+            }
+            (ended, _) => ended,
         }
+    }
+
+    /// Where the shard goes on behind its last segment.
+    fn end_last(&self, last: &SegmentRef) -> Result<(Next, Option<RecoveryNotice>)> {
         let opened = self.list.open_segment(last)?;
         opened.header.features.check_writing().map_err(|error| error.in_file(&last.path, 0))?;
         match self.list.authenticate(&opened) {
@@ -233,19 +239,25 @@ impl Recovery<'_> {
         let Some(last) = segments.last().filter(|last| last.active.is_none()) else {
             return Ok(None);
         };
-        if let Some(loss) = self.list.ends_in_loss()?
-            && !self.list.has_header(last)?
-        {
-            let report = RepairReport {
-                shard: self.list.shard(),
-                segment: None,
-                groups_salvaged: 0,
-                bytes_lost: 0,
-                losses: Vec::new(),
-                metadata: None,
-            };
-            return Ok(Some((self.behind_recorded(self.behind_loss(&loss)), report)));
+        match (self.repair_last(last), self.list.ends_in_loss()?) {
+            // Nothing of it can be kept.
+            (Err(error), Some(loss)) if error.kind() == ErrorKind::Integrity => {
+                let report = RepairReport {
+                    shard: self.list.shard(),
+                    segment: None,
+                    groups_salvaged: 0,
+                    bytes_lost: 0,
+                    losses: Vec::new(),
+                    metadata: None,
+                };
+                Ok(Some((self.behind_recorded(self.behind_loss(&loss)), report)))
+            }
+            (repaired, _) => repaired,
         }
+    }
+
+    /// Gives up the damaged blocks of the last segment.
+    fn repair_last(&self, last: &SegmentRef) -> Result<Option<(Next, RepairReport)>> {
         if self.is_recoverable(last)? {
             // A broken rule of the format, or a retired key, is not mended by giving up blocks. It
             // is an error for the caller.
@@ -253,8 +265,7 @@ impl Recovery<'_> {
             return Ok(None);
         }
         let path = &*last.path;
-        let file = self.env.disk.open(path, OpenMode::Read).map_err(Error::io("open", path))?;
-        let header = Arc::new(read_header(&*file, path)?);
+        let (file, header) = self.list.open_file(last)?;
         let opened = Opened { name: last.clone(), file, header, end: End::Unknown, vouched: None };
         self.list.authenticate(&opened)?;
         let scanned = Scanned::of(self.list, &opened, Proof::Tag)?;

@@ -84,12 +84,13 @@ pub(super) fn check_rules(list: &SegmentList, opened: &Opened) -> Result<()> {
 
 /// Checks that no segment is under a data key if the metadata has no envelope. A holder of the
 /// service keyring alone can remove the envelopes from the metadata; no append may then be written
-/// in the clear. Reads the header of each segment.
+/// in the clear. Reads the header of each segment, once in a process: not only the last ones, because
+/// such a holder can add a segment under the service keyring behind them.
 ///
 /// # Errors
 /// [`Error::RolledBack`], about the data key.
 pub(super) fn check_no_data_key(list: &SegmentList) -> Result<()> {
-    if list.gate().keys().section.is_some() {
+    if list.gate().keys().section.is_some() || list.has_no_data_key() {
         return Ok(());
     }
     let looked_at =
@@ -99,6 +100,7 @@ pub(super) fn check_no_data_key(list: &SegmentList) -> Result<()> {
             return Err(list.gate().version_missing(version));
         }
     }
+    list.note_no_data_key();
     Ok(())
 }
 

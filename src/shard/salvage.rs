@@ -109,8 +109,11 @@ impl Recovery<'_> {
                     wipe(&mut reader.open(self.list.gate())?);
                 }
                 Ok(Load::End | Load::NotYet) => return reader.check_end(),
-                // The segment behind it is lost, and has said where this one ends.
-                Err(error) if error.is_loss() && matches!(reader.opened.end, End::Damaged(_)) => {
+                // The segment behind it is lost or exchanged, and has said where this one ends.
+                Err(error)
+                    if error.kind() == ErrorKind::Integrity
+                        && matches!(reader.opened.end, End::Damaged(_)) =>
+                {
                     return Ok(());
                 }
                 Err(error) => return Err(error),
@@ -171,7 +174,7 @@ impl Recovery<'_> {
             match reader.load(self.list) {
                 Ok(Load::Block(_)) => {}
                 Ok(Load::End | Load::NotYet) => break,
-                Err(error) if error.is_loss() => break,
+                Err(error) if error.kind() == ErrorKind::Integrity => break,
                 Err(error) => return Err(error),
             }
             match reader.open(self.list.gate()) {

@@ -210,6 +210,24 @@ pub(super) fn front_until(
     Ok((builder, at, is_over))
 }
 
+/// Where the first block with a group begins that was received after `until_us`, in front of offset
+/// `end`. Blocks behind damage are recognised by their CRC32. Needs no key.
+pub(super) fn first_after(
+    opened: &Opened,
+    gate: &Gate,
+    end: u64,
+    until_us: u64,
+) -> Result<Option<u64>> {
+    let mut first = None;
+    pass(opened, end, Some((gate, Proof::Crc)), |block, _| {
+        if block.header.kind != BlockKind::Mark && block.header.last_time_us > until_us {
+            first.get_or_insert(block.offset);
+        }
+        Ok(())
+    })?;
+    Ok(first)
+}
+
 /// Counts the blocks in place of a segment without a footer, up to `end`. Needs no key. Also
 /// returns where the last of them ends.
 pub(super) fn count(opened: &Opened, end: u64) -> Result<(Footer, u64)> {

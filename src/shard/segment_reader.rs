@@ -499,11 +499,8 @@ impl SegmentReader {
     /// Checks whether the segment has been ended since it was opened.
     pub(super) fn refresh(&mut self, list: &SegmentList) -> Result<Refresh> {
         let segments = list.segments(true)?;
-        let Some(name) =
-            segments.iter().find(|segment| segment.ordinal == self.opened.name.ordinal)
-        else {
-            return Ok(Refresh::Dropped);
-        };
+        let at = segments.binary_search_by_key(&self.opened.name.ordinal, |one| one.ordinal).ok();
+        let Some(name) = at.and_then(|at| segments.get(at)) else { return Ok(Refresh::Dropped) };
         let changed = match (&self.opened.end, &name.active) {
             (End::Active(view), Some(active)) => !Arc::ptr_eq(view, active),
             (End::Active(_), None) => true,

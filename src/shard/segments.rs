@@ -27,7 +27,7 @@ use crate::{
     },
     sync::{
         LockRank, RwLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
         read, write,
     },
 };
@@ -44,7 +44,7 @@ pub(crate) enum End {
     Active(Arc<ActiveView>),
     /// Unknown: another process is writing it, or a crash cut it off and it was not recovered yet.
     Unknown,
-    /// Unknown, because the segment, or the one behind it, is damaged. The blocks in front of the
+    /// Unknown, because the segment, or the one behind it, is damaged or exchanged. The blocks in front of the
     /// damage are authentic. Behind the last of them the segment has this error.
     Damaged(Arc<Error>),
 }
@@ -83,6 +83,18 @@ impl Opened {
     }
 }
 
+/// The list of the segments, and what it was made of.
+struct Listed {
+    segments: Arc<Vec<SegmentRef>>,
+    /// The mark of the directory from before it was listed.
+    names: Option<u128>,
+    record: ShardRecord,
+}
+
+/// How often a read-only opener relies on an unchanged directory before it lists the directory all
+/// the same: a file system may show changes late.
+const LOOKS_MAX: u32 = 64;
+
 /// The segments of one shard, and the catalogue's record of it.
 pub(crate) struct SegmentList {
     shard: u32,
@@ -95,10 +107,14 @@ pub(crate) struct SegmentList {
     reload: Option<Weak<dyn ReloadRecord>>,
     record: RwLock<ShardRecord>,
     /// By ordinal; `None` until they were listed.
-    listed: RwLock<Option<Arc<Vec<SegmentRef>>>>,
+    listed: RwLock<Option<Listed>>,
+    /// How often a read-only opener has relied on the list since it was made.
+    looks: AtomicU32,
     chain: Chain,
     /// Whether files that are not needed any more could not be removed.
     leftovers: AtomicBool,
+    /// Whether no segment is under a data key.
+    no_data_key: AtomicBool,
 }
 
 impl SegmentList {
@@ -118,8 +134,10 @@ impl SegmentList {
             reload: context.reload.clone(),
             record: RwLock::new(LockRank::ShardRecord, record),
             listed: RwLock::new(LockRank::ShardSegments, None),
+            looks: AtomicU32::new(0),
             chain: Chain::default(),
             leftovers: AtomicBool::new(false),
+            no_data_key: AtomicBool::new(false),
         }
     }
 
@@ -133,6 +151,16 @@ impl SegmentList {
 
     pub(super) fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether no segment was under a data key when that was checked. Since then, this process has
+    /// added all others.
+    pub(super) fn has_no_data_key(&self) -> bool {
+        self.no_data_key.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_no_data_key(&self) {
+        self.no_data_key.store(true, Ordering::Relaxed);
     }
 
     // ---- the catalogue's record ----
@@ -176,6 +204,11 @@ impl SegmentList {
         read(&self.record).loss(ordinal).is_some()
     }
 
+    /// Whether an operator has accepted this error of a segment.
+    pub(super) fn has_accepted(&self, ordinal: u64, error: &Error) -> bool {
+        read(&self.record).loss(ordinal).is_some_and(|loss| loss.covers(error))
+    }
+
     /// Reads the record again, for a read-only opener. `None` for the writer, whose record is the
     /// current one.
     pub(super) fn reload_record(&self) -> Option<Result<()>> {
@@ -205,32 +238,53 @@ impl SegmentList {
     // ---- the list ----
 
     /// The segments by ordinal, from the first retained one. A process that writes lists the
-    /// directory once and keeps the list itself from then on. A read-only opener lists it again
-    /// with `refresh`, which is how it finds new segments.
+    /// directory once and keeps the list itself from then on. A read-only opener looks at the
+    /// directory again with `refresh`, which is how it finds new segments.
     pub(super) fn segments(&self, refresh: bool) -> Result<Arc<Vec<SegmentRef>>> {
         let refresh = refresh && self.read_only;
-        if let Some(segments) = &*read(&self.listed)
-            && !refresh
+        if let Some(listed) = &*read(&self.listed)
+            && (!refresh || self.is_current(listed))
         {
-            return Ok(Arc::clone(segments));
+            return Ok(Arc::clone(&listed.segments));
         }
         let mut listed = write(&self.listed);
-        if let Some(segments) = &*listed
+        if let Some(listed) = &*listed
             && !refresh
         {
-            return Ok(Arc::clone(segments));
+            return Ok(Arc::clone(&listed.segments));
         }
-        let mut segments = self.list()?;
+        let mut found = self.look()?;
         let is_gone = |one: &SegmentRef| one.is_missing() && !self.is_lost(one.ordinal);
-        if self.reload.is_some() && segments.iter().any(is_gone) {
+        if self.reload.is_some() && found.segments.iter().any(is_gone) {
             // Retention may have dropped segments that are in the copy of the record. Reading the
             // catalogue may call the KMS, so this thread gives up the lock meanwhile.
             drop(listed);
             self.reload_record().transpose()?;
             listed = write(&self.listed);
-            segments = self.list()?;
+            found = self.look()?;
         }
-        Ok(Arc::clone(listed.insert(Arc::new(segments))))
+        self.looks.store(0, Ordering::Relaxed);
+        Ok(Arc::clone(&listed.insert(found).segments))
+    }
+
+    /// Lists the directory.
+    fn look(&self) -> Result<Listed> {
+        let (names, record) = (self.names_mark(), self.record());
+        Ok(Listed { segments: Arc::new(self.list()?), names, record })
+    }
+
+    /// Whether another look at the directory would give the same list.
+    fn is_current(&self, listed: &Listed) -> bool {
+        listed.names.is_some()
+            && self.looks.fetch_add(1, Ordering::Relaxed) < LOOKS_MAX
+            && *read(&self.record) == listed.record
+            && self.names_mark() == listed.names
+    }
+
+    /// The mark of the names in the directory. Only a read-only opener needs it.
+    fn names_mark(&self) -> Option<u128> {
+        // The error is for the listing.
+        self.read_only.then(|| self.disk.names_mark(&self.dir).ok().flatten()).flatten()
     }
 
     fn list(&self) -> Result<Vec<SegmentRef>> {
@@ -358,8 +412,8 @@ impl SegmentList {
     }
 
     fn change(&self, change: impl FnOnce(&mut Vec<SegmentRef>)) {
-        if let Some(segments) = &mut *write(&self.listed) {
-            change(Arc::make_mut(segments));
+        if let Some(listed) = &mut *write(&self.listed) {
+            change(Arc::make_mut(&mut listed.segments));
         }
     }
 
@@ -482,7 +536,10 @@ impl SegmentList {
     }
 
     /// Opens the file of a segment, and reads the header.
-    fn open_file(&self, name: &SegmentRef) -> Result<(Arc<dyn DiskFile>, Arc<DecodedHeader>)> {
+    pub(super) fn open_file(
+        &self,
+        name: &SegmentRef,
+    ) -> Result<(Arc<dyn DiskFile>, Arc<DecodedHeader>)> {
         if name.is_missing() {
             return Err(name.missing());
         }
@@ -510,14 +567,6 @@ impl SegmentList {
         };
         let end = End::Damaged(Arc::new(cause));
         Ok(Opened { name: name.clone(), file, header, end, vouched: None })
-    }
-
-    /// Whether a segment has a header that belongs there.
-    pub(super) fn has_header(&self, name: &SegmentRef) -> Result<bool> {
-        match self.open_file(name) {
-            Err(error) if error.kind() == ErrorKind::Integrity => Ok(false),
-            opened => opened.map(|_| true),
-        }
     }
 
     /// How a segment of `len` bytes ends, by its footer and by the end that is expected of it. Also
@@ -590,15 +639,15 @@ impl SegmentList {
             return Ok(if sealed { Expected::Sealed(end) } else { Expected::Cut(end) });
         }
         let successor = match self.successor(name) {
-            Err(lost) if lost.is_loss() => return Ok(Expected::Unnamed(lost)),
+            // A file in the place of the successor says nothing about this segment.
+            Err(error) if error.kind() == ErrorKind::Integrity => {
+                return Ok(Expected::Unnamed(error));
+            }
             successor => successor?,
         };
         if let Some((header, path)) = successor {
-            // Where the link is broken, neither of the two segments is read. A header with another
-            // ordinal is not the successor's.
-            if header.ordinal == name.ordinal + 1
-                && let Some((at, rule)) = chain_rule(&header)
-            {
+            if let Some((at, rule)) = chain_rule(&header) {
+                // Where the link is broken, neither of the two segments is read.
                 return Err(Error::corrupt(Location::new(&*path, at), rule));
             }
             return match &header.predecessor {
@@ -696,9 +745,21 @@ impl SegmentList {
 
     /// The header of the segment after this one, not authenticated, and its path; `None` when this
     /// is the last.
+    ///
+    /// # Errors
+    /// The file of the next segment cannot be read, or has another segment in it.
     fn successor(&self, name: &SegmentRef) -> Result<Option<(Arc<DecodedHeader>, Arc<Path>)>> {
         let Some(next) = self.find(name.ordinal + 1)? else { return Ok(None) };
-        Ok(Some((self.header(&next)?, next.path)))
+        let header = self.header(&next)?;
+        self.check_place(&next, &header)?;
+        let record = read(&self.record);
+        let known = record.head.as_ref().filter(|head| head.ordinal == next.ordinal);
+        if known.is_some_and(|head| head.segment != header.segment) {
+            let what =
+                format!("{} is not the segment that the catalogue knows", next.path.display());
+            return Err(Error::RolledBack { what });
+        }
+        Ok(Some((header, next.path)))
     }
 
     /// The header of a segment, not authenticated.
@@ -754,15 +815,19 @@ impl SegmentList {
         Ok(self.proved(name.ordinal)?.map(|proved| proved.header.key_source))
     }
 
+    /// Checks that a header is that of the segment with this name.
+    fn check_place(&self, name: &SegmentRef, header: &SegmentHeader) -> Result<()> {
+        let SegmentRef { ordinal, first_seq, epoch, .. } = *name;
+        if self.has_place(&SegmentName { ordinal, first_seq, epoch }, header) {
+            return Ok(());
+        }
+        let at = Location::new(&*name.path, 0);
+        Err(Error::Tampered { at, what: "a segment that belongs elsewhere" })
+    }
+
     fn check_identity(&self, name: &SegmentRef, header: &SegmentHeader) -> Result<()> {
         let path = &*name.path;
-        let SegmentRef { ordinal, first_seq, epoch, .. } = *name;
-        if !self.has_place(&SegmentName { ordinal, first_seq, epoch }, header) {
-            return Err(Error::Tampered {
-                at: Location::new(path, 0),
-                what: "a segment that belongs elsewhere",
-            });
-        }
+        self.check_place(name, header)?;
         // A read-only opener may have older metadata than the writer. It checks the generation
         // again once the header is authenticated.
         if self.read_only { Ok(()) } else { self.check_generation(path, header) }
@@ -792,7 +857,7 @@ enum Expected {
     Open {
         at_least: u64,
     },
-    /// The successor, which names it, is missing or damaged.
+    /// The successor, which names it, is missing or damaged, or another object has its name.
     Unnamed(Error),
 }
 

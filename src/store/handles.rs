@@ -416,6 +416,17 @@ impl Keys<'_> {
         inspect::audit_records(self.open.core())
     }
 
+    /// The records about what operators have accepted, as far as no Logstore has a record of it
+    /// ([`LogstoreStatus::losses`](crate::LogstoreStatus::losses)): the loss of the key audit log, other
+    /// metadata that a repair has put in force, and Logstores that were given up. Reads the whole key
+    /// audit log.
+    ///
+    /// # Errors
+    /// As [`Keys::audit_records`].
+    pub fn accepted_losses(&self) -> Result<Vec<AuditRecord>> {
+        inspect::accepted_losses(self.open.core())
+    }
+
     /// Verifies the key audit log: the tags, the chain, that it reaches the end that the catalogue
     /// has recorded, and, with an earlier mark, that the same records are still there. Needs no
     /// data key and calls no KMS.

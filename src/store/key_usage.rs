@@ -485,7 +485,8 @@ fn data_key_usage(
     }
 }
 
-/// The segments under each key, and the first error of a shard that could not be checked.
+/// The segments under each key, and the first reason why a shard could not be checked entirely: an
+/// error, or a file that a key may still be needed for.
 fn under_each_key(
     env: &StoreEnv,
     logstore: &LogstoreShared,
@@ -512,8 +513,17 @@ fn under_each_key(
             }
             Ok(())
         });
-        if let Err(error) = counted {
-            fault.get_or_insert(error.to_string());
+        let strange = shard.strangers().map(|strangers| strangers.into_iter().next());
+        let found = match (counted, strange) {
+            (Err(error), _) | (Ok(()), Err(error)) => Some(error.to_string()),
+            (Ok(()), Ok(Some(path))) => Some(format!(
+                "{} has the name of a segment, and is none of the shard: move it away",
+                path.display()
+            )),
+            (Ok(()), Ok(None)) => None,
+        };
+        if let Some(found) = found {
+            fault.get_or_insert(found);
         }
     }
     (all, fault)

@@ -7,6 +7,8 @@ use crate::{
     io::{Disk, DiskFile, OpenMode},
 };
 
+/// The name of the file.
+pub(super) const NAME: &str = "LOCK";
 /// The longest contents of a `LOCK` file that this code writes: a process number and a newline.
 const CONTENTS_MAX: usize = 16;
 
@@ -26,7 +28,7 @@ impl StoreLock {
     /// # Errors
     /// [`Error::Locked`], [`Error::WrongFileType`], [`Error::Io`].
     pub(super) fn take(disk: &dyn Disk, dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join("LOCK");
+        let path = dir.join(NAME);
         let file = match disk.open(&path, OpenMode::ReadWrite) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             opened => opened.map_err(Error::io("open", &path))?,
@@ -47,7 +49,7 @@ impl StoreLock {
         if let Some(lock) = Self::take(disk, dir)? {
             return Ok(lock);
         }
-        let path = dir.join("LOCK");
+        let path = dir.join(NAME);
         match disk.open(&path, OpenMode::CreateNew) {
             // Another process has created the file. The process that gets the lock has the store.
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}

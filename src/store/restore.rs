@@ -269,7 +269,7 @@ impl Restore<'_> {
                 continue;
             }
             let source = match shard.copy_source(segment) {
-                Err(error) if error.is_loss() => {
+                Err(error) if error.kind() == ErrorKind::Integrity => {
                     if !shard.is_lost(segment.ordinal) {
                         self.faults.note(Some(name), error)?;
                     }
@@ -278,11 +278,11 @@ impl Restore<'_> {
                 source => source?,
             };
             let cut = match self.options.until_us {
-                Some(until_us) => shard.head_before(segment, until_us)?,
+                Some(until_us) => shard.cut_before(segment, until_us)?,
                 None => None,
             };
             let source = match &cut {
-                Some(head) => CopySource { extent: Extent::Front(head.bytes), ..source },
+                Some(cut) => CopySource { extent: Extent::Front(cut.bytes), ..source },
                 None => source,
             };
             let path =
@@ -291,9 +291,9 @@ impl Restore<'_> {
             self.report.add(done);
             self.state.bytes += done.bytes();
             (self.progress)(self.state);
-            if cut.is_some() {
+            if let Some(cut) = cut {
                 self.report.shards_cut += 1;
-                return Ok(cut);
+                return Ok(Some(cut.head));
             }
         }
         Ok(None)
@@ -322,9 +322,14 @@ impl Restore<'_> {
         match (&mut record.head, segments.last().filter(|last| !last.is_missing())) {
             (Some(head), _) => head.next_seq = floor,
             // The backup could not use the key, and the store had recorded nothing.
-            (head @ None, Some(last)) => {
-                *head = Some(Head { next_seq: floor, ..shard.head_of_front(last)? });
-            }
+            (head @ None, Some(last)) => match shard.head_of_front(last) {
+                Ok(front) => *head = Some(Head { next_seq: floor, ..front }),
+                // The verification reports it. No number of the lost store may be repeated.
+                Err(error) if error.kind() == ErrorKind::Integrity => {
+                    record.losses.push(self.loss_of(last, floor));
+                }
+                Err(error) => return Err(error),
+            },
             (None, None) => record.first_seq = floor,
         }
         if let Some(last) = segments.last()
@@ -336,6 +341,19 @@ impl Restore<'_> {
             record.losses.push(Loss { from_seq, end_seq: floor, before, ..loss });
         }
         Ok(record)
+    }
+
+    /// The loss of the last segment of a shard, which cannot be read, and of which nothing is recorded.
+    fn loss_of(&self, last: &SegmentRef, end_seq: u64) -> Loss {
+        Loss {
+            first: last.ordinal,
+            last: last.ordinal,
+            from_seq: last.first_seq.min(end_seq),
+            end_seq,
+            tampered: false,
+            before: None,
+            accepted_us: self.core.env.clock.wall_us(),
+        }
     }
 
     /// The segments behind the last one that is restored, up to those that the current data key owns.

@@ -9,7 +9,9 @@
 
 use std::{
     collections::BTreeMap,
-    fmt, io,
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    io,
     path::{Component, Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard},
 };
@@ -281,6 +283,8 @@ struct State {
     process: u64,
     /// The pages and the inodes of the disk, if they are limited.
     limits: Option<Usage>,
+    /// Whether directories do not show that they change, as on a network file system.
+    hides_changes: bool,
 }
 
 /// Pages and inodes.
@@ -619,6 +623,11 @@ impl SimDisk {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
+    }
+
+    /// Directories do not show any more that they change.
+    pub(crate) fn hide_changes(&self) {
+        self.lock().hides_changes = true;
     }
 
     /// Returns the state after a crash at this moment, as a separate file system. This one
@@ -1055,6 +1064,17 @@ impl Disk for SimDisk {
         let entry =
             |(name, node): (&String, &Node)| DirEntry { name: name.clone(), kind: node.kind() };
         Ok(state.dirs[&dir].live.iter().map(entry).collect())
+    }
+
+    fn names_mark(&self, dir: &Path) -> io::Result<Option<u128>> {
+        self.enter(Op::Stat, dir)?;
+        let state = self.lock();
+        let names = &state.dirs[&state.dir(dir)?].live;
+        let mut hasher = DefaultHasher::new();
+        if !state.hides_changes {
+            names.keys().for_each(|name| name.hash(&mut hasher));
+        }
+        Ok(Some(hasher.finish().into()))
     }
 
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {

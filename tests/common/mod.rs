@@ -511,6 +511,10 @@ macro_rules! quick_disk {
                 $inner(self).list_dir(path)
             }
 
+            fn names_mark(&self, dir: &Path) -> io::Result<Option<u128>> {
+                $inner(self).names_mark(dir)
+            }
+
             fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
                 $inner(self).stat(path)
             }

@@ -46,6 +46,8 @@ pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
     let store = setup.open()?;
     let logstore = store.logstore(&name)?;
     interrupt::defer()?;
+    let _reminder =
+        interrupt::Reminder::begin("the lines that were read are stored and acknowledged")?;
     let options = AppendOptions::default()
         .shard(args.shard.map_or(ShardChoice::RoundRobin, ShardChoice::Shard))
         .durability(args.durability.into());

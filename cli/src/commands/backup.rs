@@ -1,7 +1,7 @@
 //! `backup` and `restore`.
 
 use envelog::{
-    LogstoreName,
+    Error, LogstoreName,
     admin::{
         BackupOptions, BackupReport, CopyProgress, RestoreOptions, RestoreReport, VerifyFault,
     },
@@ -25,7 +25,14 @@ pub(crate) fn backup(setup: &Setup, args: &BackupArgs) -> Result {
 
 pub(crate) fn restore(setup: &Setup, args: &RestoreArgs) -> Result {
     let options = RestoreOptions::default().copy(args.copy).until_us(args.until);
-    let report = with_progress(|each| setup.builder().restore(&args.dir, &options, each))?;
+    let restored = with_progress(|each| setup.builder().restore(&args.dir, &options, each));
+    let report = restored.map_err(|error| match &error {
+        Error::StoreMissing { path } | Error::NotAStore { path } if *path == args.dir => {
+            let found = format!("there is no backup at {}", path.display());
+            Failure::of(&error, found + ": name the directory that `envelog backup` has written")
+        }
+        _ => error.into(),
+    })?;
     let printed =
         if setup.json { output::json(&report) } else { print_restore(setup, args, &report) };
     both(printed, verdict(&report.faults, "the rest is restored; look for it in another backup"))
@@ -34,9 +41,9 @@ pub(crate) fn restore(setup: &Setup, args: &RestoreArgs) -> Result {
 /// Shows the progress of a copy.
 fn with_progress<T>(
     copy: impl FnOnce(&mut dyn FnMut(CopyProgress)) -> envelog::Result<T>,
-) -> Result<T> {
+) -> envelog::Result<T> {
     let mut progress: Option<(u64, Progress)> = None;
-    let copied = copy(&mut |at| {
+    copy(&mut |at| {
         // The total grows as Logstores are reached.
         if progress.as_ref().is_none_or(|(total, _)| *total != at.bytes_total) {
             progress = Some((at.bytes_total, Progress::bytes(Some(at.bytes_total))));
@@ -44,9 +51,7 @@ fn with_progress<T>(
         if let Some((_, progress)) = &progress {
             progress.set(at.bytes);
         }
-    });
-    drop(progress);
-    Ok(copied?)
+    })
 }
 
 fn print_backup(args: &BackupArgs, report: &BackupReport) -> Result {

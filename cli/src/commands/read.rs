@@ -94,12 +94,18 @@ pub(crate) fn tail(setup: &Setup, args: &TailArgs) -> Result {
     if !args.follow {
         return Ok(());
     }
+    let passed = |reader: &Reader| reader.lost().last().and_then(|lost| lost.end_seq).unwrap_or(0);
+    let mut named: Vec<u64> = followed.iter().map(|(_, reader)| passed(reader)).collect();
     loop {
         let mut idle = true;
-        for (shard, reader) in &mut followed {
+        for ((shard, reader), named) in followed.iter_mut().zip(&mut named) {
             while let Some(record) = reader.try_next()? {
                 idle = false;
                 printer.record(*shard, &record)?;
+            }
+            if passed(reader) > *named {
+                warn_of_lost(reader, *named)?;
+                *named = passed(reader);
             }
         }
         printer.flush()?;

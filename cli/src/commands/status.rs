@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use comfy_table::Cell;
 use envelog::{
-    Cmk, KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store,
-    admin::{AnchorStatus, DataKeyStatus, ReserveStatus, RetentionStatus},
+    Cmk, Error, KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store,
+    admin::{AcceptedLoss, AnchorStatus, DataKeyStatus, ReserveStatus, RetentionStatus},
+    audit::{AuditEvent, AuditRecord},
     ids::StoreId,
     metrics::KmsMetrics,
 };
@@ -62,6 +63,7 @@ fn print(
             anchor: store.admin().anchor_status(),
             retention: store.admin().retention_status(),
             reserve: store.admin().reserve_status(),
+            audit: Audit::of(store),
             failed: failed.collect(),
             kms: store.metrics().kms,
         });
@@ -135,7 +137,7 @@ fn data_key(version: &DataKeyStatus) -> String {
 }
 
 /// Prints the lines below the table: the service key, the anchor, a suspended retention, an
-/// incomplete reserve, and the shards that stopped writing.
+/// incomplete reserve, what was lost, and the shards that stopped writing.
 fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
     if let Some(cmk) = store.keys().service_cmk() {
         let status = store.keys().service_key_status();
@@ -168,11 +170,32 @@ fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
         ))?;
     }
     for status in all {
+        print_losses(status)?;
         if let Some(cause) = &status.latched {
             output::line(format_args!("{}: a shard has stopped writing: {cause}", status.name))?;
         }
     }
-    Ok(())
+    Audit::of(store).print()
+}
+
+/// Prints what a Logstore has lost.
+fn print_losses(status: &LogstoreStatus) -> Result {
+    let name = &status.name;
+    for AcceptedLoss { shard, first_ordinal, last_ordinal, from_seq, end_seq, .. } in &status.losses
+    {
+        output::line(format_args!(
+            "{name}: shard {shard} has lost groups from number {from_seq} to before {end_seq} (segments {first_ordinal} to \
+             {last_ordinal}); an operator has accepted that"
+        ))?;
+    }
+    match status.unreadable_segments {
+        0 => Ok(()),
+        1 => output::line(format_args!("{name}: 1 segment cannot be read: see `envelog verify`")),
+        all => output::line(format_args!(
+            "{name}: {} segments cannot be read: see `envelog verify`",
+            output::count(all)
+        )),
+    }
 }
 
 /// The answer of `status`.
@@ -185,9 +208,47 @@ struct Answer<'a> {
     anchor: AnchorStatus,
     retention: RetentionStatus,
     reserve: ReserveStatus,
+    audit: Audit,
     failed: Vec<Unread<'a>>,
     /// The calls, including those for the states.
     kms: KmsMetrics,
+}
+
+/// What the key audit log says about accepted losses.
+#[derive(Serialize)]
+struct Audit {
+    /// The records about losses that no Logstore has a record of.
+    accepted: Vec<AuditRecord>,
+    /// Why the log could not be read.
+    fault: Option<Error>,
+}
+
+impl Audit {
+    fn of(store: &Store) -> Self {
+        match store.keys().accepted_losses() {
+            Ok(accepted) => Self { accepted, fault: None },
+            Err(error) => Self { accepted: Vec::new(), fault: Some(error) },
+        }
+    }
+
+    fn print(&self) -> Result {
+        for AuditRecord { number, event, logstore, detail, time_us, .. } in &self.accepted {
+            let of = logstore.as_ref().map_or_else(String::new, |name| format!(" of {name}"));
+            let what = match event {
+                AuditEvent::GivenUp => "the loss of the metadata",
+                AuditEvent::MetadataAdopted => "other metadata",
+                _ => "the loss of the key audit log before this record",
+            };
+            output::line(format_args!(
+                "an operator has accepted {what}{of} at {} (audit record {number}): {detail}",
+                output::moment(*time_us)
+            ))?;
+        }
+        match &self.fault {
+            Some(fault) => output::line(format_args!("the key audit log cannot be read: {fault}")),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A Logstore that could not be read.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use envelog::{
-    LogstoreName,
+    ErrorKind, LogstoreName,
     admin::{
         AcceptedLoss, AdoptedMetadata, Checkpoint, MetadataRepair, RepairOptions, RepairReport,
         StoreRepairReport, VerifyOptions, VerifyReport,
@@ -145,7 +145,13 @@ fn repair_shard(
 ) -> Result {
     confirm(yes, &format!("accepting the losses of shard {shard} of {name}"))?;
     let store = setup.open()?;
-    let report = store.admin().repair(name, shard, options)?;
+    let repaired = store.admin().repair(name, shard, options);
+    let report = repaired.map_err(|error| match error.kind() {
+        ErrorKind::Integrity if !options.accept_tampered => Failure::from(error).adding(
+            "no loss is accepted: find the cause first; --accept-tampered gives such files up too",
+        ),
+        _ => error.into(),
+    })?;
     setup.close(store)?;
     if setup.json {
         return output::json(&report);

@@ -17,9 +17,9 @@ use crate::io::{FileKind, WrongFileType};
 
 /// The flags of a handle that only serves to open names below it.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-const HANDLE: OFlags = OFlags::PATH;
+pub(super) const HANDLE: OFlags = OFlags::PATH;
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
-const HANDLE: OFlags = OFlags::RDONLY;
+pub(super) const HANDLE: OFlags = OFlags::RDONLY;
 
 /// The most symlinks in the path of a file outside a store, as in Linux.
 const SYMLINKS_MAX: usize = 40;

@@ -9,7 +9,7 @@ use super::{
     with_shards,
 };
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     config::LogstoreName,
     logstore::shard_dir,
     shard::{Head, SegmentRef, Shard, ShardRecord},
@@ -173,7 +173,7 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
         let source = match source {
             Ok(source) => source,
             Err(_) if shard.is_lost(segment.ordinal) => return Ok(Outcome::Missing),
-            Err(error) if error.is_loss() => {
+            Err(error) if error.kind() == ErrorKind::Integrity => {
                 let (name, entry) = (&self.name, &self.view.entry);
                 let last = segment.last_ordinal();
                 if self.run.source.is_dropped(name, entry, shard.id(), last)? {

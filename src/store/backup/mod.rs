@@ -163,7 +163,7 @@ pub(super) fn backup(
         };
         target.check_not_newer(run.source.catalogue())?;
         let (views, kept) = run.look()?;
-        target.check_continues(&views)?;
+        target.check_continues(core, &views)?;
         target.begin(core, begun_us)?;
         let copied = run.copy(views, kept)?;
         core.keys.follow_keyring()?;

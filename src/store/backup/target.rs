@@ -19,6 +19,7 @@ use crate::{
     ids::LogstoreId,
     io::{self, Access, Disk, Existing, FileKind},
     keys::audit::is_audit_file,
+    shard::ShardRecord,
     store::{
         catalogue::{self, Catalogue, Loaded, load_newest},
         core::Core,
@@ -99,17 +100,15 @@ impl Target {
     }
 
     /// Refuses a store that was rolled back and went on from there: the backup has segments that the
-    /// store would replace by others.
+    /// store would replace by others. If the catalogue of the backup cannot be read, its last segments
+    /// decide.
     ///
     /// # Errors
     /// [`Error::RolledBack`]; [`Error::Io`].
-    pub(super) fn check_continues(&self, views: &[View]) -> Result<()> {
-        let Some(former) = &self.former else { return Ok(()) };
-        for View { name, entry, shards, .. } in views {
-            let known = former.catalogue.logstores.get(name).filter(|known| known.id == entry.id);
-            let records = known.into_iter().flat_map(|known| &known.shards);
-            for ((shard, _), record) in shards.iter().zip(records) {
-                if !shard.continues(record)? {
+    pub(super) fn check_continues(&self, core: &Core, views: &[View]) -> Result<()> {
+        for view @ View { name, shards, .. } in views {
+            for ((shard, _), record) in shards.iter().zip(self.former_records(core, view)?) {
+                if !shard.continues(&record)? {
                     let (shard, dir) = (shard.id(), self.dir.display());
                     let what = format!(
                         "shard {shard} of Logstore {name} does not continue the backup in {dir}, which has other logs than the store: back up to another directory"
@@ -119,6 +118,20 @@ impl Target {
             }
         }
         Ok(())
+    }
+
+    /// The records of the shards of a Logstore in the former backup. None if it does not have the
+    /// Logstore.
+    fn former_records(&self, core: &Core, view: &View) -> Result<Vec<ShardRecord>> {
+        let View { name, entry, logstore, meta, .. } = view;
+        if let Some(former) = &self.former {
+            let known = former.catalogue.logstores.get(name).filter(|known| known.id == entry.id);
+            return Ok(known.map_or_else(Vec::new, |known| known.shards.clone()));
+        }
+        let (dir, unknown) =
+            (self.logstore_dir(entry.id), vec![ShardRecord::default(); entry.shards.len()]);
+        let shards = core.registry.shards_in(logstore, meta, &self.disk, &dir, &unknown);
+        shards.iter().map(|shard| shard.record_by_files()).collect()
     }
 
     /// Notes that a run has begun, and makes the directories of a store.

@@ -7,7 +7,7 @@ use crate::{
     crypto::{HashAlg, hash},
     document::to_json,
     ids::{StoreId, hex_encode},
-    keys::AuditRecord,
+    keys::{AuditEvent, AuditRecord},
     store::core::Core,
 };
 
@@ -97,6 +97,37 @@ pub(in crate::store) fn audit_records(core: &Core) -> Result<Vec<AuditRecord>> {
     core.registry.reload_catalogue()?;
     let known = core.registry.catalogue().audit.clone();
     core.keys.audit().verified(&[&known])
+}
+
+/// What operators have accepted that no shard has a record of, as the key audit log says.
+pub(in crate::store) fn accepted_losses(core: &Core) -> Result<Vec<AuditRecord>> {
+    core.keys.admit_service_key()?;
+    core.registry.reload_catalogue()?;
+    let known = core.registry.catalogue().audit.clone();
+    let mut accepted = Vec::new();
+    core.keys.audit().walk(&[&known], &mut |line| {
+        if accepted_loss(&line.record).is_some() {
+            accepted.push(line.record);
+        }
+    })?;
+    Ok(accepted)
+}
+
+/// A sentence about what an operator has accepted with this record, if no shard has a record of it.
+pub(super) fn accepted_loss(record: &AuditRecord) -> Option<String> {
+    let (number, detail) = (record.number, &record.detail);
+    match (record.event, &record.logstore) {
+        (AuditEvent::LossAccepted, None) => Some(format!(
+            "an operator has accepted the loss of the key audit log before record {number}: {detail}"
+        )),
+        (AuditEvent::MetadataAdopted, Some(name)) => Some(format!(
+            "an operator has put other metadata of Logstore {name} in force: {detail}"
+        )),
+        (AuditEvent::GivenUp, Some(name)) => Some(format!(
+            "an operator has given up Logstore {name}, whose metadata was lost: {detail}"
+        )),
+        _ => None,
+    }
 }
 
 /// Verifies the log, also against an earlier mark.

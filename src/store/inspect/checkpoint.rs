@@ -42,8 +42,8 @@ impl Checkpoint {
         Self { bytes: bytes.into(), failed: Vec::new() }
     }
 
-    /// The Logstores with damaged files, each with the first error: the checkpoint has their state
-    /// by the catalogue alone. Known to the caller that made the checkpoint; its bytes do not have
+    /// The Logstores with missing or damaged files, each with the first error. If the last segment of
+    /// a shard is damaged, the checkpoint has the state of that shard by the catalogue alone. Known to the caller that made the checkpoint; its bytes do not have
     /// them.
     pub fn failed(&self) -> &[(LogstoreName, Error)] {
         &self.failed
@@ -125,7 +125,8 @@ impl Reached {
         Ok(())
     }
 
-    /// The heads of the shards. That of a damaged shard is the one that the catalogue has.
+    /// The heads of the shards. That of a damaged shard is the one that the catalogue has. Missing
+    /// segments are damage too: the digests of a head cover them.
     fn heads_of(&mut self, logstore: &LogstoreShared) -> Result<Heads> {
         let (mut heads, mut damaged) = (Heads::new(), None);
         for shard in &logstore.shards {
@@ -136,6 +137,9 @@ impl Reached {
                 }
                 head => head?,
             });
+            if let Some(missing) = shard.first_missing()? {
+                damaged.get_or_insert(missing.missing());
+            }
         }
         self.failed.extend(damaged.map(|error| (logstore.name.clone(), error)));
         Ok(heads)

@@ -9,7 +9,7 @@ mod segment;
 mod verify;
 
 pub use audit_export::{AuditExport, AuditMark, AuditVerification};
-pub(super) use audit_export::{audit_records, export_audit, verify_audit};
+pub(super) use audit_export::{accepted_losses, audit_records, export_audit, verify_audit};
 pub use checkpoint::Checkpoint;
 pub(super) use checkpoint::{checkpoint, checkpoint_of};
 pub(super) use copy::verify_copy;

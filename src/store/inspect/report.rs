@@ -71,7 +71,7 @@ impl VerifyFault {
             _ => None,
         };
         let file = match error {
-            Error::RetiredKeyVersion { path, .. } => Some(path),
+            Error::RetiredKeyVersion { path, .. } | Error::WrongFileType { path, .. } => Some(path),
             _ => at.map(|at| &at.file),
         };
         Self {

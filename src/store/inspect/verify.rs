@@ -4,6 +4,7 @@
 use std::{collections::BTreeSet, path::Path};
 
 use super::{
+    audit_export::accepted_loss,
     checkpoint::{CheckpointBody, CheckpointEntry, open_checkpoint},
     report::{VerifyFault, VerifyOptions, VerifyProgress, VerifyReport},
     segment::SegmentCheck,
@@ -11,8 +12,9 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     config::LogstoreName,
+    epoch,
     error::Location,
-    io,
+    io::{self, FileKind},
     keys::{
         AuditEvent, AuditRecord,
         envelope::{KeysSection, TaggedKeys},
@@ -23,6 +25,7 @@ use crate::{
         catalogue::{Catalogue, Loaded, load_newest},
         core::Core,
         identity::{identity_path, load_identity},
+        lock,
     },
 };
 
@@ -101,6 +104,21 @@ impl Verification<'_> {
         if let Err(error) = keyring.verify_file() {
             self.report.note(None, error)?;
         }
+        self.writer_files()
+    }
+
+    /// Checks that no other object has the name of a file that a writer needs. If there is no such
+    /// file, the next writer makes it.
+    fn writer_files(&mut self) -> Result<()> {
+        let env = &self.core.env;
+        for name in [lock::NAME, epoch::NAME] {
+            let path = env.dir.join(name);
+            let stat = env.disk.stat(&path).map_err(Error::io("look for", &path))?;
+            if let Some(stat) = stat.filter(|stat| stat.kind != FileKind::File) {
+                let (expected, found) = (FileKind::File, stat.kind);
+                self.report.note(None, Error::WrongFileType { path, expected, found })?;
+            }
+        }
         Ok(())
     }
 
@@ -143,18 +161,7 @@ impl Verification<'_> {
                 self.report.note(Some(name), Error::RolledBack { what })?;
             }
         }
-        for record in &records {
-            let (number, detail) = (record.number, &record.detail);
-            match (record.event, &record.logstore) {
-                (AuditEvent::LossAccepted, None) => self.report.notes.push(format!(
-                    "an operator has accepted the loss of the key audit log before record {number}: {detail}"
-                )),
-                (AuditEvent::MetadataAdopted, Some(name)) => self.report.notes.push(format!(
-                    "an operator has put other metadata of Logstore {name} in force: {detail}"
-                )),
-                _ => {}
-            }
-        }
+        self.report.notes.extend(records.iter().filter_map(accepted_loss));
         match audit.strangers() {
             Ok(notes) => self.report.notes.extend(notes),
             Err(error) => self.report.note(None, error)?,
