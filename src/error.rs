@@ -554,7 +554,10 @@ pub enum Error {
         shard: u32,
     },
     /// The shard does not accept writes any more: it was split or merged.
-    #[error("shard {shard} of Logstore {logstore} is read-only: its range went to {}", shards(children))]
+    #[error(
+        "shard {shard} of Logstore {logstore} is read-only: its range went to {}",
+        shards(children)
+    )]
     ShardReadOnly {
         /// The Logstore.
         logstore: LogstoreName,

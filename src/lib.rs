@@ -108,8 +108,7 @@ pub mod admin {
             RecoverReport, Recoverable, ReplaceCmk, ReserveStatus, RestoreOptions, RestoreReport,
             RetainOptions, RetentionReport, RetentionStatus, RewrapOptions, RewrapProgress,
             RewrapReport, ServiceKeyUsage, ServiceRotation, ShardMerge, ShardRepair, ShardSplit,
-            StoreRepairReport,
-            VerifyFault, VerifyOptions, VerifyProgress, VerifyReport,
+            StoreRepairReport, VerifyFault, VerifyOptions, VerifyProgress, VerifyReport,
         },
     };
 }

@@ -49,7 +49,7 @@ impl ShardInfo {
     }
 
     /// The first key of its range, and the end of it. `None` if they are no range.
-    fn range(&self) -> Option<(u128, u128)> {
+    pub(crate) fn range(&self) -> Option<(u128, u128)> {
         let (begin, end) = (hash_key(&self.begin_key)?, hash_key(&self.end_key)?);
         (begin < end).then_some((begin, end))
     }

@@ -818,6 +818,16 @@ impl Logstore {
         WaitFor::new(&self.shared.shard(shard)?, seq)
     }
 
+    /// The sequence number that retention has dropped everything in front of: 0 at first, and the end
+    /// of the shard once all its data is dropped. In a store that is open for reading, as the
+    /// catalogue had it when the Logstore was looked up.
+    ///
+    /// # Errors
+    /// [`Error::ShardMissing`].
+    pub fn first_seq(&self, shard: u32) -> Result<u64> {
+        Ok(self.shared.shard(shard)?.record().first_seq)
+    }
+
     /// One past the newest sequence number of a shard that a reader can see.
     ///
     /// # Errors

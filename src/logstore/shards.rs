@@ -16,15 +16,18 @@ use crate::{
 pub(crate) struct ShardTable {
     infos: Vec<ShardInfo>,
     shards: Vec<Arc<Shard>>,
-    /// The numbers of the readwrite shards.
-    writable: Vec<u32>,
+    /// The first key and the number of each readwrite shard, by the keys. Their ranges cover all
+    /// keys.
+    writable: Vec<(u128, u32)>,
 }
 
 impl ShardTable {
     /// A table of these shards, by their numbers.
     fn new(infos: &[ShardInfo], shards: Vec<Arc<Shard>>) -> Self {
         let is_writable = |info: &&ShardInfo| info.status == ShardStatus::ReadWrite;
-        let writable = infos.iter().filter(is_writable).map(|info| info.id).collect();
+        let begin = |info: &ShardInfo| Some((info.range()?.0, info.id));
+        let mut writable: Vec<_> = infos.iter().filter(is_writable).filter_map(begin).collect();
+        writable.sort_unstable();
         Self { infos: infos.to_vec(), shards, writable }
     }
 
@@ -50,18 +53,17 @@ impl ShardTable {
         let id = match choice {
             ShardChoice::Shard(id) => Some(id),
             ShardChoice::HashKey(key) => {
-                let owns = |id: &&u32| self.infos[**id as usize].owns(key);
-                self.writable.iter().find(owns).copied()
+                let behind = self.writable.partition_point(|(begin, _)| *begin <= key);
+                self.writable.get(behind.wrapping_sub(1)).map(|(_, id)| *id)
             }
             ShardChoice::RoundRobin => {
-                self.writable.get(turn() % self.writable.len().max(1)).copied()
+                self.writable.get(turn() % self.writable.len().max(1)).map(|(_, id)| *id)
             }
         };
         let missing = |shard| Error::ShardMissing { logstore: logstore.clone(), shard };
-        // The ranges of the readwrite shards cover all keys.
         let id = id.ok_or_else(|| missing(0))?;
         let shard = self.get(id).ok_or_else(|| missing(id))?;
-        if !self.writable.contains(&id) {
+        if self.infos[id as usize].status == ShardStatus::ReadOnly {
             let is_child = |info: &&ShardInfo| info.parents.contains(&id);
             let children = self.infos.iter().filter(is_child).map(|info| info.id).collect();
             return Err(Error::ShardReadOnly { logstore: logstore.clone(), shard: id, children });

@@ -152,7 +152,8 @@ impl Shard {
         {
             // The header of the next segment says where this one ends.
             self.context.gate.admit()?;
-            self.begin(&mut writer).inspect_err(|error| self.latch_if_failed(&mut writer, error))?;
+            self.begin(&mut writer)
+                .inspect_err(|error| self.latch_if_failed(&mut writer, error))?;
             self.seal(&mut writer, KeyUse::Admitted)?;
         }
         Ok(Paused { shard: self, writer, _leading: leading })

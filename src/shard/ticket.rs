@@ -160,8 +160,7 @@ impl Future for AppendFuture {
                 }
                 Appending::Submitted(ticket) => return Pin::new(ticket).poll(context),
                 Appending::Waits { router, choice, shard, payload, durability, room } => {
-                    let polled =
-                        shard.poll_hand_over(payload, *durability, room, context.waker());
+                    let polled = shard.poll_hand_over(payload, *durability, room, context.waker());
                     match ready!(polled) {
                         Ok(ticket) => Ok(ticket),
                         Err(NotTaken::Failed(error)) => Err(error),

@@ -54,9 +54,8 @@ pub(super) fn split(
 
 /// Merges a shard with its neighbour on the right.
 pub(super) fn merge(core: &Core, name: &LogstoreName, shard: u32) -> Result<ShardMerge> {
-    let changed = change(core, name, shard, 1, |shards, now_s| {
-        Ok(Resharding::merge(shards, shard, now_s)?)
-    })?;
+    let changed =
+        change(core, name, shard, 1, |shards, now_s| Ok(Resharding::merge(shards, shard, now_s)?))?;
     match &changed[..] {
         [left, right, merged] => {
             Ok(ShardMerge { merged: merged.clone(), left: left.clone(), right: right.clone() })

@@ -409,8 +409,7 @@ fn pause_for_new_key<'a>(
     if before.is_some() {
         end_segments(table)?;
     }
-    let paused: Vec<_> =
-        table.shards().iter().map(|shard| shard.pause()).collect::<Result<_>>()?;
+    let paused: Vec<_> = table.shards().iter().map(|shard| shard.pause()).collect::<Result<_>>()?;
     if let Some(newest) = section.versions.last_mut() {
         newest.ordinals = paused.iter().map(Paused::next_ordinal).collect::<Result<_>>()?;
     }

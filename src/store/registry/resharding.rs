@@ -76,9 +76,11 @@ impl LogstoreAdministration<'_> {
         let mut changes = Vec::new();
         for parent in ended {
             let head = parent.last_head()?;
-            changes.extend(head.map(|head| {
-                Change::reached(&logstore.name, logstore.id, parent.shard_id(), head)
-            }));
+            changes.extend(
+                head.map(|head| {
+                    Change::reached(&logstore.name, logstore.id, parent.shard_id(), head)
+                }),
+            );
         }
         let mut admin = registry.administer()?;
         admin.unlatch()?;
