@@ -360,7 +360,9 @@ fn two_workers_go_on_through_a_split_and_a_merge_in_order() {
     let produced = producer.lines();
     let mut acknowledged = BTreeSet::new();
     let mut take = |at_least: usize| {
-        (0..at_least).for_each(|_| drop(acknowledged.insert(next(&produced))));
+        for _ in 0..at_least {
+            acknowledged.insert(next(&produced));
+        }
     };
     take(200);
     assert_eq!(served.run("reshard.py", &["crash", "logs", "split", "0"]), "2 3\n");
