@@ -71,6 +71,9 @@ pub(crate) fn error_of_both(of_file: Error, of_copy: Error) -> Error {
 /// The longest document in bytes.
 pub(crate) const DOCUMENT_BYTES_MAX: u64 = 128 << 20;
 
+/// An incompatible feature of the metadata of a Logstore: shards of it were split or merged.
+pub(crate) const RESHARDED: u32 = 1;
+
 /// The type of a document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DocumentKind {
@@ -104,6 +107,14 @@ impl DocumentKind {
             Self::Keyring => 5,
             Self::Checkpoint => 6,
             Self::Creation => 7,
+        }
+    }
+
+    /// The incompatible features that this build knows.
+    fn known_features(self) -> u32 {
+        match self {
+            Self::Logstore => RESHARDED,
+            _ => 0,
         }
     }
 
@@ -330,9 +341,9 @@ impl<'a> UnverifiedDocument<'a> {
         require(cursor.is_empty(), "length of the document")?;
         strip_crc(bytes)?;
 
-        features.check()?;
-        require(reserved == 0, "reserved bytes of the document")?;
         let kind = DocumentKind::ALL.into_iter().find(|one| one.code() == kind);
+        features.check(kind.map_or(0, DocumentKind::known_features))?;
+        require(reserved == 0, "reserved bytes of the document")?;
         let document = Document {
             kind: kind.ok_or(DecodeError::Field("kind of the document"))?,
             features,

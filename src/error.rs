@@ -553,13 +553,18 @@ pub enum Error {
         /// The shard.
         shard: u32,
     },
-    /// The shard does not accept writes any more.
-    #[error("shard {shard} of Logstore {logstore} is read-only")]
+    /// The shard does not accept writes any more: it was split or merged.
+    #[error(
+        "shard {shard} of Logstore {logstore} is read-only: its range went to {}",
+        shards(children)
+    )]
     ShardReadOnly {
         /// The Logstore.
         logstore: LogstoreName,
         /// The shard.
         shard: u32,
+        /// The shards that took its range. They may have been split or merged too.
+        children: Vec<u32>,
     },
     /// The data key was deliberately destroyed. The data sealed under it is lost.
     #[error(
@@ -706,6 +711,15 @@ impl DecodeError {
             DecodeError::Short { .. } => Error::truncated(at, self.to_string()),
             other => Error::corrupt(at, other.to_string()),
         }
+    }
+}
+
+/// "shards 4 and 5", for a message.
+fn shards(shards: &[u32]) -> String {
+    let texts: Vec<String> = shards.iter().map(u32::to_string).collect();
+    match &texts[..] {
+        [one] => format!("shard {one}"),
+        _ => format!("shards {}", texts.join(" and ")),
     }
 }
 

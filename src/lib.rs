@@ -80,13 +80,13 @@ pub use error::{Error, ErrorKind, Result};
 pub use group::LogGroup;
 pub use key_status::{KeyState, KeyStatus};
 pub use kms::Cmk;
-pub use logstore::{AppendOptions, Logstore, LogstoreStatus, ShardChoice};
+pub use logstore::{AppendOptions, Logstore, LogstoreStatus};
 pub use segment::{BlockKind, Compression};
 #[cfg(feature = "stream")]
 pub use shard::FollowStream;
 pub use shard::{
     AppendFuture, Appended, Durability, Follow, LostRange, MergedPosition, MergedReader, Payload,
-    Position, ReadMode, ReadOptions, Reader, Record, RecordBlock, Ticket, WaitFor,
+    Position, ReadMode, ReadOptions, Reader, Record, RecordBlock, ShardChoice, Ticket, WaitFor,
 };
 /// The crates whose types are in the signatures of this one: [`bytes::Bytes`] in [`Record`], and
 /// [`prost::Message`], which [`LogGroup`] implements.
@@ -107,8 +107,8 @@ pub mod admin {
             FailedRepair, KeyNeed, KeyUsage, MasterKeyUsage, MetadataRepair, RecoverProgress,
             RecoverReport, Recoverable, ReplaceCmk, ReserveStatus, RestoreOptions, RestoreReport,
             RetainOptions, RetentionReport, RetentionStatus, RewrapOptions, RewrapProgress,
-            RewrapReport, ServiceKeyUsage, ServiceRotation, ShardRepair, StoreRepairReport,
-            VerifyFault, VerifyOptions, VerifyProgress, VerifyReport,
+            RewrapReport, ServiceKeyUsage, ServiceRotation, ShardMerge, ShardRepair, ShardSplit,
+            StoreRepairReport, VerifyFault, VerifyOptions, VerifyProgress, VerifyReport,
         },
     };
 }

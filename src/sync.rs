@@ -49,7 +49,8 @@ pub(crate) enum LockRank {
     /// thread that waits for a listener to act may hold no lock below.
     LeaseTelling,
     /// The writer of a shard: the active segment and its file. `Shard::pause` of a whole Logstore
-    /// takes the writers of all its shards, in the order of the shards.
+    /// takes the writers of all its shards, in the order of the shards, and a split or a merge those of
+    /// the children and then of the parents. `LogstoreAdmin` keeps one out of the other's way.
     ShardWriter,
     /// The unwrap of a data key: threads that need the same key make one call.
     GateLoading,
@@ -78,6 +79,8 @@ pub(crate) enum LockRank {
     Anchor,
     /// The Logstores that are open.
     Logstores,
+    /// The shards of a Logstore.
+    ShardTable,
     /// The leases of a store, by master key.
     Leases,
     /// The leases of a store, by Logstore.

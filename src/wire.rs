@@ -44,7 +44,7 @@ pub enum DecodeError {
     Field(&'static str),
 }
 
-/// The three sets of feature bits. This build knows none.
+/// The three sets of feature bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
     /// A build that does not know one of these reads and writes all the same.
@@ -73,9 +73,9 @@ impl Features {
         }
     }
 
-    /// Refuses incompatible features that this build does not know.
-    pub(crate) fn check(&self) -> Result<(), DecodeError> {
-        match self.incompatible {
+    /// Refuses incompatible features other than the `known` ones.
+    pub(crate) fn check(&self, known: u32) -> Result<(), DecodeError> {
+        match self.incompatible & !known {
             0 => Ok(()),
             bits => Err(DecodeError::Feature(format!("incompatible feature bits {bits:#x}"))),
         }

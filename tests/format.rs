@@ -21,7 +21,7 @@ use std::{
 use envelog::{
     Background, Compression, Error, LogGroup, Payload, Record, ShardChoice, Store, StoreBuilder,
     StoreOptions,
-    admin::{Checkpoint, VerifyOptions, VerifyReport},
+    admin::{Checkpoint, ShardStatus, VerifyOptions, VerifyReport},
     crypto::{
         AwsLc, Cipher, CryptoProvider, HashAlg, RustCrypto, SecretKey, SegmentCipher, Suite, hash,
         hkdf, hmac_sha256,
@@ -1096,7 +1096,9 @@ fn golden_stores_are_written_on() {
         assert_clean(which, &store, false);
         for name in store.list().unwrap() {
             let logstore = store.logstore(&name).unwrap();
-            for shard in 0..logstore.config().shard_count {
+            let writable = logstore.config().shards.into_iter();
+            let writable = writable.filter(|shard| shard.status == ShardStatus::ReadWrite);
+            for shard in writable.map(|shard| shard.id) {
                 let options = synced().shard(ShardChoice::Shard(shard));
                 let added = [
                     record("by this build"),

@@ -12,13 +12,26 @@ use common::{
     *,
 };
 use envelog::{
-    Cmk, EncryptConf, EncryptType, Error, LogstoreConfig, LogstoreSpec, Result, Store,
+    Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, ReadOptions,
+    Result, Store,
     admin::{ReplaceCmk, VerifyOptions},
 };
 
 const SERVICE: &str = "p/service";
 const BYOK: &str = "p/byok";
 const PLAIN: &str = "p/plain";
+
+/// All records of all shards, as text.
+fn all_texts(logstore: &Logstore) -> Result<Vec<String>> {
+    let merged = logstore.read_merged(&ReadOptions::default())?;
+    let records: Vec<_> =
+        merged.map(|item| item.map(|(_, record)| record)).collect::<Result<_>>()?;
+    Ok(strings(&records))
+}
+
+fn all_of(logstore: &Logstore) -> Vec<String> {
+    all_texts(logstore).unwrap()
+}
 
 /// The visible state of a Logstore: configuration and data-key versions.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,6 +51,9 @@ impl View {
             config: {
                 let mut config = logstore.config();
                 (config.last_modify_time, config.create_time) = (0, 0);
+                for shard in &mut config.shards {
+                    shard.create_time = shard.create_time.map(|_| 0);
+                }
                 config
             },
             method: status.method,
@@ -47,7 +63,7 @@ impl View {
                 .filter(|key| key.version > 0)
                 .map(|key| (key.version, key.shredded))
                 .collect(),
-            texts: try_texts(&logstore)?,
+            texts: all_texts(&logstore)?,
         })
     }
 
@@ -91,6 +107,18 @@ impl Scene {
         Self { world, template, old, new }
     }
 
+    /// As [`Scene::new`], with the shard of each Logstore split.
+    fn split() -> Self {
+        let scene = Self::new();
+        let store = scene.world.open();
+        for text in [SERVICE, BYOK, PLAIN] {
+            store.split_shard(&name(text), 0, None).unwrap();
+        }
+        store.close().unwrap();
+        copy_dir(&scene.world.store_dir(), &scene.template.join("store"));
+        scene
+    }
+
     fn reset(&self) {
         copy_dir(&self.template.join("store"), &self.world.store_dir());
         fs::copy(self.template.join("keyring"), self.world.keyring()).unwrap();
@@ -117,7 +145,7 @@ impl Scene {
                 // All Logstores are open and have an open segment.
                 for text in [SERVICE, BYOK, PLAIN] {
                     let logstore = store.logstore(&name(text)).unwrap();
-                    assert_eq!(texts(&logstore), ["first", "second"]);
+                    assert_eq!(all_of(&logstore), ["first", "second"]);
                     put(&logstore, "third");
                 }
                 disk.fail_after(count, failure);
@@ -191,7 +219,7 @@ impl Scene {
         store.close().unwrap_or_else(|error| panic!("{at}: {error}"));
         let store = self.world.open();
         for listed in store.list().unwrap() {
-            assert_eq!(texts(&store.logstore(&listed).unwrap()).last().unwrap(), "fourth", "{at}");
+            assert_eq!(all_of(&store.logstore(&listed).unwrap()).last().unwrap(), "fourth", "{at}");
         }
         store.close().unwrap();
     }
@@ -259,7 +287,7 @@ fn an_interrupted_first_envelope_leaves_only_readable_segments() {
             expected.extend(appended.iter().filter(|done| **done).map(|_| "fourth"));
             drop((store, logstore));
             let store = scene.world.open();
-            let found = texts(&store.logstore(&name(PLAIN)).unwrap());
+            let found = all_of(&store.logstore(&name(PLAIN)).unwrap());
             assert_eq!(found, expected, "{at}");
             let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
             assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
@@ -277,6 +305,23 @@ fn rotating_a_data_key() {
     let scene = Scene::new();
     scene.campaign(|_, store| store.keys().rotate_data_key(&name(SERVICE)).map(|_| ()), &[SERVICE]);
     scene.campaign(|_, store| store.keys().rotate_data_key(&name(BYOK)).map(|_| ()), &[BYOK]);
+}
+
+/// A split or a merge is whole or not there, whatever fails. The parent keeps its data.
+#[test]
+fn splitting_a_shard() {
+    let scene = Scene::new();
+    for text in [SERVICE, BYOK, PLAIN] {
+        scene.campaign(|_, store| store.split_shard(&name(text), 0, None).map(|_| ()), &[text]);
+    }
+}
+
+#[test]
+fn merging_shards() {
+    let scene = Scene::split();
+    for text in [SERVICE, BYOK] {
+        scene.campaign(|_, store| store.merge_shards(&name(text), 1).map(|_| ()), &[text]);
+    }
 }
 
 #[test]
@@ -313,7 +358,7 @@ fn an_interrupted_replacement_needs_only_one_master_key() {
             scene.reset();
             let disk = FailingDisk::default();
             let store = scene.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
-            texts(&store.logstore(&name(BYOK)).unwrap());
+            all_of(&store.logstore(&name(BYOK)).unwrap());
             disk.fail_after(count, failure);
             let _ = store.keys().replace_cmk(&name(BYOK), scene.new.clone(), ReplaceCmk::default());
             let ran_through = !disk.has_failed();
@@ -335,7 +380,7 @@ fn an_interrupted_replacement_needs_only_one_master_key() {
             let other = if fixed == scene.old { &scene.new } else { &scene.old };
             scene.world.local().disable(&other.cmk_key_id).unwrap();
             let logstore = store.logstore(&name(BYOK)).unwrap();
-            assert_eq!(texts(&logstore), ["first", "second"], "{failure:?} after {count}");
+            assert_eq!(all_of(&logstore), ["first", "second"], "{failure:?} after {count}");
             put(&logstore, "third");
             store.close().unwrap();
             scene.world.local().enable(&other.cmk_key_id).unwrap();
@@ -372,7 +417,7 @@ fn shredding() {
                 scene.reset();
                 let disk = FailingDisk::default();
                 let store = scene.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
-                texts(&store.logstore(&name(text)).unwrap());
+                all_of(&store.logstore(&name(text)).unwrap());
                 disk.fail_after(count, failure);
                 let outcome = store.keys().shred_data_keys(&name(text), &[1]);
                 let ran_through = !disk.has_failed();
@@ -386,7 +431,7 @@ fn shredding() {
                 let logstore = store.logstore(&name(text)).unwrap();
                 let shredded = logstore.status().unwrap().data_keys[0].shredded;
                 assert!(shredded || outcome.is_err(), "{text}: {failure:?} after {count}");
-                match try_texts(&logstore) {
+                match all_texts(&logstore) {
                     Ok(texts) => assert!(!shredded && texts == ["first", "second"]),
                     Err(error) => {
                         assert!(
@@ -432,7 +477,7 @@ fn retention_that_destroys_data_keys() {
                 attempts += 1;
                 let store = scene.world.open();
                 let logstore = store.logstore(&name(text)).unwrap();
-                let left = texts(&logstore);
+                let left = all_of(&logstore);
                 assert_eq!(left.last().unwrap(), "third", "{at}: {left:?}");
                 let shredded = logstore.status().unwrap().data_keys[0].shredded;
                 assert!(

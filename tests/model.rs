@@ -21,7 +21,7 @@ fn step() -> impl Strategy<Value = Step> {
     ];
     let append = (
         0..LOGSTORES,
-        0..SHARDS,
+        0..SHARDS + 2,
         durability,
         0..3000usize,
         1..5usize,
@@ -39,7 +39,7 @@ fn step() -> impl Strategy<Value = Step> {
         });
     let place = || (0..4u8, 0..40usize);
     let limit = || prop::option::of(0..20u64);
-    let read = (0..LOGSTORES, 0..SHARDS, place(), prop::option::of(place()), limit(), limit())
+    let read = (0..LOGSTORES, 0..SHARDS + 4, place(), prop::option::of(place()), limit(), limit())
         .prop_map(|(of, shard, from, to, groups, bytes)| Step::Read {
             of,
             shard,
@@ -58,6 +58,8 @@ fn step() -> impl Strategy<Value = Step> {
         1 => logstore().prop_map(Step::RotateDataKey),
         1 => logstore().prop_map(Step::Rewrap),
         1 => Just(Step::RotateServiceKey),
+        2 => (logstore(), 0..4u32, any::<u128>()).prop_map(|(of, shard, key)| Step::Split(of, shard, key)),
+        1 => (logstore(), 0..4u32).prop_map(|(of, shard)| Step::Merge(of, shard)),
         2 => logstore().prop_map(Step::Toggle),
         1 => Just(Step::Disable),
         2 => Just(Step::Enable),

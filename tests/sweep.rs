@@ -144,6 +144,9 @@ fn workload() -> Vec<Vec<Step>> {
         RotateDataKey(0),
         append(0, 0, &[Synced], 20),
         append(2, 0, &[Written], 600),
+        append(1, 0, &[Buffered], 20),
+        Split(1),
+        append(1, 1, &[Synced], 20),
         Close,
     ];
     let second = vec![
@@ -178,6 +181,8 @@ fn workload() -> Vec<Vec<Step>> {
         append(1, 0, &[Written], 20),
         Retain(0),
         append(0, 0, &[Synced, Written], 20),
+        Merge(1),
+        append(1, 3, &[Written], 20),
         Pass(2000),
         Checkpoint,
         RotateDataKey(1),
@@ -479,12 +484,12 @@ fn any_step(dice: &mut Dice) -> Step {
             .collect();
         Step::Append {
             to: n,
-            shard: dice.roll(2) as usize,
+            shard: dice.roll(3) as usize,
             as_durable,
             size: [20, 300, 1500][dice.roll(3) as usize],
         }
     };
-    match (appends(), dice.roll(66)) {
+    match (appends(), dice.roll(69)) {
         (append, 0..22) => append,
         (_, 22 | 23) => Step::Create(n),
         (_, 24..27) => Step::Read(n),
@@ -519,6 +524,8 @@ fn any_step(dice: &mut Dice) -> Step {
         (_, 61) => Step::Fenced,
         (_, 62) => Step::AnchorFails { half: dice.roll(2) == 0 },
         (_, 63) => Step::PutBack,
+        (_, 64 | 65) => Step::Split(n),
+        (_, 66) => Step::Merge(n),
         _ => Step::CutPower(Survives::Some { seed: dice.next() }),
     }
 }

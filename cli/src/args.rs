@@ -123,6 +123,26 @@ An update based on an older revision is refused: run `get` again and edit the ne
 Example:
   envelog delete shop/orders --yes")]
     Delete(ConfirmedArgs),
+    /// List the shards of a Logstore, with their hash ranges
+    #[command(after_help = "\
+Example:
+  envelog shards shop/orders")]
+    Shards(NameArgs),
+    /// Split a shard: two new ones take its range, and it becomes read-only
+    #[command(after_help = "\
+Examples:
+  envelog split shop/orders --shard 0
+  envelog split shop/orders --shard 0 --key 40000000000000000000000000000000
+
+The shard keeps its logs until retention drops them. Its number is not used again.")]
+    Split(SplitArgs),
+    /// Merge a shard with its right neighbour: a new one takes both ranges
+    #[command(after_help = "\
+Example:
+  envelog merge shop/orders --shard 1
+
+The two shards become read-only and keep their logs until retention drops them.")]
+    Merge(MergeArgs),
     /// Append lines of files or of standard input, one log per line
     #[command(after_help = "\
 SIGINT, SIGTERM and SIGHUP end it once the lines that were read are stored, with status 130; SIGTERM with status 0, unless a
@@ -361,6 +381,30 @@ pub(crate) struct NameArgs {
     /// The Logstore
     #[arg(value_name = "PROJECT/LOGSTORE")]
     pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SplitArgs {
+    /// The Logstore
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: String,
+    /// The readwrite shard to split
+    #[arg(long, value_name = "N")]
+    pub(crate) shard: u32,
+    /// The hash key, 32 hexadecimal digits, that the shard with the higher keys begins with
+    /// [default: the middle of the range]
+    #[arg(long, value_name = "KEY")]
+    pub(crate) key: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MergeArgs {
+    /// The Logstore
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: String,
+    /// The readwrite shard with the lower keys; it is merged with the one behind its range
+    #[arg(long, value_name = "N")]
+    pub(crate) shard: u32,
 }
 
 #[derive(Debug, Args)]

@@ -16,6 +16,7 @@ mod retain;
 #[cfg(feature = "serve")]
 mod serve;
 mod settings;
+mod shards;
 mod status;
 mod verify;
 
@@ -37,6 +38,9 @@ pub(crate) fn run(given: Given) -> Result {
         Command::Update(args) => logstore::update(&setup, &args),
         Command::List => logstore::list(&setup),
         Command::Delete(args) => logstore::delete(&setup, &args),
+        Command::Shards(args) => shards::list(&setup, &args),
+        Command::Split(args) => shards::split(&setup, &args),
+        Command::Merge(args) => shards::merge(&setup, &args),
         Command::Append(args) => append::run(&setup, &args),
         Command::Read(args) => read::read(&setup, &args),
         Command::Tail(args) => read::tail(&setup, &args),

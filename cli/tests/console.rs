@@ -14,7 +14,7 @@ use std::{
 use common::{ROLE, Running, World, byok, made_lines, service};
 use serde_json::Value;
 
-const COMMANDS: [&[&str]; 22] = [
+const COMMANDS: [&[&str]; 25] = [
     &["demo"],
     &["doctor"],
     &["create"],
@@ -22,6 +22,9 @@ const COMMANDS: [&[&str]; 22] = [
     &["update"],
     &["list"],
     &["delete"],
+    &["shards"],
+    &["split"],
+    &["merge"],
     &["append"],
     &["read"],
     &["tail"],

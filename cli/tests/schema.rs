@@ -210,6 +210,12 @@ fn logstores(checked: &Checked, key: &str) {
     checked.run("create", &[&["p/byok", "--encrypt-conf", &conf][..], &every].concat());
     checked.run("create", &["p/gone"]);
     checked.run("list", &[]);
+    let split = checked.run("split", &["p/gone", "--shard", "0"]);
+    assert_eq!(split["low"]["parents"], json!([0]));
+    checked.run("merge", &["p/gone", "--shard", "1"]);
+    checked.run("shards", &["p/gone"]);
+    checked.ends(6, "merge", &["p/gone", "--shard", "3"]);
+    checked.ends(1, "split", &["p/gone", "--shard", "0"]);
     checked.run("delete", &["p/gone", "--yes"]);
     let config = checked.run("get", &["p/byok"]).to_string();
     checked.run("update", &["p/byok", "--config", &config]);

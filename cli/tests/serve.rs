@@ -219,6 +219,8 @@ fn nothing_acknowledged_is_lost_when_the_service_is_killed() {
 #[derive(Default)]
 struct Told {
     logs: Vec<String>,
+    /// When each log was read first, by a clock that all processes share.
+    first: BTreeMap<String, u64>,
     /// The worker that has a shard now.
     owners: BTreeMap<String, &'static str>,
 }
@@ -238,7 +240,13 @@ impl Told {
     fn note(&mut self, worker: &'static str, lines: impl Iterator<Item = String>) {
         for line in lines {
             match line.split_once(' ') {
-                Some(("log", text)) => self.logs.push(text.to_owned()),
+                Some(("log", text)) => {
+                    let (text, at) = text.rsplit_once(' ').unwrap();
+                    let (text, at) = (text.to_owned(), at.parse().unwrap());
+                    let first = self.first.entry(text.clone()).or_insert(at);
+                    *first = at.min(*first);
+                    self.logs.push(text);
+                }
                 Some(("begin", shard)) => {
                     let before = self.owners.insert(shard.to_owned(), worker);
                     assert!(
@@ -326,6 +334,68 @@ fn two_workers_of_the_consumer_library_share_the_shards_and_one_takes_over() {
     told.take("late", &from_late);
     assert_eq!(told.logs, [""; 0]);
     late.finish().assert(0);
+    served.stop();
+}
+
+/// Two workers read in order while a shard is split, the service is killed, and two shards are
+/// merged: nothing is lost, and the logs of each hash key arrive in their order.
+#[test]
+fn two_workers_go_on_through_a_split_and_a_merge_in_order() {
+    let mut served = Served::new();
+    served.run("create.py", &["crash", "logs", "2"]);
+    let worker = |served: &Served, name: &str| {
+        let mut worker = served.script("consume.py", &["crash", "logs", "group", name]);
+        let lines = worker.lines();
+        (worker, lines)
+    };
+    let (one, from_one) = worker(&served, "one");
+    let (two, from_two) = worker(&served, "two");
+    let mut told = Told::default();
+    in_the_end("each worker has a shard", || {
+        told.take("one", &from_one);
+        told.take("two", &from_two);
+        told.owned_by("one") == 1 && told.owned_by("two") == 1
+    });
+    let mut producer = served.script("keyed.py", &["crash", "logs"]);
+    let produced = producer.lines();
+    let mut acknowledged = BTreeSet::new();
+    let mut take = |at_least: usize| {
+        for _ in 0..at_least {
+            acknowledged.insert(next(&produced));
+        }
+    };
+    take(200);
+    assert_eq!(served.run("reshard.py", &["crash", "logs", "split", "0"]), "2 3\n");
+    take(200);
+    served.kill();
+    served.start();
+    take(200);
+    assert_eq!(served.run("reshard.py", &["crash", "logs", "merge", "3"]), "4\n");
+    take(200);
+    drop(producer.stdin.take());
+    while let Ok(line) = produced.recv_timeout(IN_THE_END) {
+        acknowledged.insert(line);
+    }
+    producer.wait().assert(0);
+    in_the_end("the workers have read everything, and share the shards that are not split", || {
+        told.take("one", &from_one);
+        told.take("two", &from_two);
+        let owned: BTreeSet<&str> = told.owners.keys().map(String::as_str).collect();
+        acknowledged.iter().all(|id| told.first.contains_key(id))
+            && owned == BTreeSet::from(["2", "4"])
+            && told.owned_by("one") == 1
+    });
+    let mut by_key: BTreeMap<&str, BTreeMap<u32, u64>> = BTreeMap::new();
+    for (id, at) in &told.first {
+        let (key, number) = id.split_once('.').unwrap();
+        by_key.entry(key).or_default().insert(number.parse().unwrap(), *at);
+    }
+    assert_eq!(by_key.len(), 8);
+    for (key, times) in by_key {
+        assert!(times.values().is_sorted(), "key {key} is out of order: {times:?}");
+    }
+    one.finish().assert(0);
+    two.finish().assert(0);
     served.stop();
 }
 

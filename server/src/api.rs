@@ -17,6 +17,7 @@ use crate::{
     query,
     response::Answer,
     service::{self, Service},
+    shards,
 };
 
 /// The longest body of a call that writes no logs, in bytes.
@@ -36,6 +37,7 @@ enum Action {
     UpdateLogstore(String),
     DeleteLogstore(String),
     ListShards(String),
+    ChangeShard(String, String),
     Put(String, Head),
     Cursor(String, String),
     CursorTime(String, String),
@@ -158,7 +160,10 @@ impl Plan {
         let (service, caller) = (Arc::clone(service), caller.clone());
         match self.action {
             Action::GetLogstore(_) => Ok(logstores::get(&service, &open.logstore)),
-            Action::ListShards(_) => Ok(logstores::shards(&open.logstore)),
+            Action::ListShards(_) => open.run(shards::list).await,
+            Action::ChangeShard(_, shard) => {
+                open.run(move |it| shards::change(&service, it, &shard, &call)).await
+            }
             Action::UpdateLogstore(_) => {
                 let sent = logstores::Sent::parse(&body)?;
                 open.run(move |it| logstores::update(&service, &caller, it, sent)).await
@@ -202,6 +207,7 @@ impl Action {
             | Self::UpdateLogstore(name)
             | Self::DeleteLogstore(name)
             | Self::ListShards(name)
+            | Self::ChangeShard(name, _)
             | Self::Put(name, _)
             | Self::Cursor(name, _)
             | Self::CursorTime(name, _)
@@ -269,9 +275,10 @@ fn below_logstore(
             "log" | "logs" => (Action::Pull(name, (*shard).to_owned()), Right::Read),
             _ => return Err(unknown(call)),
         },
-        ("POST" | "DELETE", ["shards", _]) => {
-            return Err(ApiError::unsupported("splitting, merging and deleting shards"));
+        ("POST", ["shards", shard]) => {
+            (Action::ChangeShard(name, (*shard).to_owned()), Right::Admin)
         }
+        ("DELETE", ["shards", _]) => return Err(ApiError::unsupported("deleting shards")),
         ("POST", ["logs"]) => (Action::GetLogs(name), Right::Read),
         ("GET" | "POST", ["consumergroups"]) => (Action::Groups(name, None), Right::Read),
         (_, ["consumergroups", group]) => {

@@ -43,6 +43,7 @@ mod query;
 mod response;
 mod server;
 mod service;
+mod shards;
 mod state;
 mod tls;
 

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use envelog::{EncryptConf, Error, Logstore, LogstoreConfig, LogstoreName, LogstoreSpec};
+use envelog::{
+    EncryptConf, Error, Logstore, LogstoreConfig, LogstoreName, LogstoreSpec, admin::ShardStatus,
+};
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -153,6 +155,12 @@ fn encrypt_conf(value: &Value) -> Result<EncryptConf> {
     Ok(EncryptConf::from_json(&value.to_string())?)
 }
 
+/// The number of shards that can be written.
+fn shard_count(config: &LogstoreConfig) -> u64 {
+    let writable = config.shards.iter().filter(|shard| shard.status == ShardStatus::ReadWrite);
+    writable.count() as u64
+}
+
 /// The JSON of a Logstore. It has each field that some client requires.
 fn json_of(config: &LogstoreConfig, fields: Map<String, Value>) -> Value {
     let mut all = json!({
@@ -167,7 +175,7 @@ fn json_of(config: &LogstoreConfig, fields: Map<String, Value>) -> Value {
     map.extend(fields);
     map.insert("logstoreName".to_owned(), json!(config.name.logstore()));
     map.insert("ttl".to_owned(), json!(config.ttl_days.map_or(TTL_FOR_EVER, u64::from)));
-    map.insert("shardCount".to_owned(), json!(config.shard_count));
+    map.insert("shardCount".to_owned(), json!(shard_count(config)));
     map.insert("createTime".to_owned(), json!(config.create_time));
     map.insert("lastModifyTime".to_owned(), json!(config.last_modify_time));
     map.insert("revision".to_owned(), json!(config.revision));
@@ -234,7 +242,7 @@ pub(crate) fn update(
     sent.check_role(caller, logstore.config().encrypt_conf.as_ref())?;
     for tries in 1.. {
         let mut config = logstore.config();
-        if sent.shard_count.is_some_and(|count| count != u64::from(config.shard_count)) {
+        if sent.shard_count.is_some_and(|count| count != shard_count(&config)) {
             return Err(ApiError::parameter("shardCount cannot be changed by an update"));
         }
         config.encrypt_conf = sent.encrypt_conf.clone();
@@ -296,23 +304,6 @@ pub(crate) fn page<'a, T>(call: &Call, all: &'a [T]) -> Result<&'a [T]> {
     let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(all.len());
     let end = begin.saturating_add(size as usize).min(all.len());
     Ok(&all[begin..end])
-}
-
-/// `GET /logstores/{logstore}/shards`.
-pub(crate) fn shards(logstore: &Logstore) -> Answer {
-    let config = logstore.config();
-    let shards: Vec<Value> = (config.shards.iter())
-        .map(|shard| {
-            json!({
-                "shardID": shard.id,
-                "status": shard.status,
-                "inclusiveBeginKey": shard.begin_key,
-                "exclusiveEndKey": shard.end_key,
-                "createTime": config.create_time,
-            })
-        })
-        .collect();
-    Answer::json(&shards)
 }
 
 /// `POST /`: creates a project. Its name is in the body, since clients differ in the host.

@@ -93,11 +93,16 @@ pub(crate) fn too_large(call: &Call, header: &str) -> ApiError {
 }
 
 fn routed(call: &Call) -> Result<ShardChoice> {
-    let key = call.required("key")?;
+    hash_key(call.required("key")?).map(ShardChoice::HashKey)
+}
+
+/// # Errors
+/// 400 if the text is no hash key.
+pub(crate) fn hash_key(key: &str) -> Result<u128> {
     let is_key = key.len() == KEY_DIGITS && key.bytes().all(|byte| byte.is_ascii_hexdigit());
     let key = u128::from_str_radix(key, 16).ok().filter(|_| is_key);
     let wrong = || ApiError::parameter(format!("key must have {KEY_DIGITS} hexadecimal digits"));
-    key.map(ShardChoice::HashKey).ok_or_else(wrong)
+    key.ok_or_else(wrong)
 }
 
 /// Appends a group, and answers when it is on disk.

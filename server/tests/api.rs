@@ -331,10 +331,6 @@ fn cursors_lead_through_a_shard_and_wrong_ones_are_refused() {
     ] {
         assert_eq!(Ask::new("GET", &target).refused(&world, 400), code, "{target}");
     }
-    for kind in ["split&key=0", "merge"] {
-        let ask = Ask::new("POST", &format!("{shard}?action={kind}"));
-        assert_eq!(ask.refused(&world, 400), "NotSupported");
-    }
 }
 
 #[test]

@@ -4,10 +4,12 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use super::LogstoreName;
+use super::{
+    LogstoreName,
+    shards::{self, ShardInfo},
+};
 use crate::{
     crypto::{Cipher, HashAlg, Suite},
-    ids::hex_decode,
     kms::{Cmk, RevokedReason},
     segment::Compression,
 };
@@ -119,6 +121,26 @@ pub enum ConfigError {
         /// The KMS's explanation.
         detail: String,
     },
+    /// A shard cannot be split at this hash key.
+    #[error(
+        "shard {shard} cannot be split at hash key {key}: the key must be above {begin} and below {end}"
+    )]
+    SplitKey {
+        /// The shard.
+        shard: u32,
+        /// The key, as 32 hexadecimal digits.
+        key: String,
+        /// The first key of the shard.
+        begin: String,
+        /// The end of its range.
+        end: String,
+    },
+    /// A shard cannot be merged: no readwrite shard has the range behind its own.
+    #[error("shard {shard} has no readwrite neighbour on its right to be merged with")]
+    NoNeighbour {
+        /// The shard.
+        shard: u32,
+    },
     /// The operation needs a customer master key and the Logstore has none.
     #[error("the Logstore does not use a customer master key")]
     NotByok,
@@ -153,6 +175,8 @@ impl ConfigError {
             ConfigError::OutOfRange { .. } => "out_of_range",
             ConfigError::NoKmsForRegion { .. } => "no_kms_for_region",
             ConfigError::CmkRefused { .. } => "cmk_refused",
+            ConfigError::SplitKey { .. } => "split_key_refused",
+            ConfigError::NoNeighbour { .. } => "no_neighbour",
             ConfigError::NotByok => "not_byok",
             ConfigError::NotEncrypted => "not_encrypted",
             ConfigError::CannotShred { .. } => "cannot_shred",
@@ -457,68 +481,8 @@ fn check_retention(ttl_days: Option<u32>, retention_bytes: Option<u64>) -> Resul
     Ok(())
 }
 
-/// Whether a shard accepts writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum ShardStatus {
-    /// The shard can be read and written.
-    ReadWrite,
-    /// The shard can only be read: a parent that was split or merged keeps its data until retention
-    /// drops it.
-    ReadOnly,
-}
-
-/// A shard and the range of hash keys that it owns.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[non_exhaustive]
-pub struct ShardInfo {
-    /// Its number within the Logstore.
-    pub id: u32,
-    /// Whether it accepts writes.
-    pub status: ShardStatus,
-    /// The first hash key of its range, as 32 lower-case hex digits.
-    pub begin_key: String,
-    /// One past the last hash key of its range; 32 `f` for the last range, which includes that key.
-    pub end_key: String,
-    /// The shards from which it was split or merged.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub parents: Vec<u32>,
-}
-
-impl ShardInfo {
-    /// `count` shards that divide the 128-bit hash range evenly.
-    pub(crate) fn divide(count: u32) -> Vec<Self> {
-        let step =
-            (u128::MAX / u128::from(count)).wrapping_add(u128::from(count.is_power_of_two()));
-        let key = |n: u32| if n == count { u128::MAX } else { step.wrapping_mul(u128::from(n)) };
-        (0..count)
-            .map(|id| Self {
-                id,
-                status: ShardStatus::ReadWrite,
-                begin_key: format!("{:032x}", key(id)),
-                end_key: format!("{:032x}", key(id + 1)),
-                parents: Vec::new(),
-            })
-            .collect()
-    }
-
-    /// Whether the shard owns `key`.
-    pub fn owns(&self, key: u128) -> bool {
-        let begin = u128::from_str_radix(&self.begin_key, 16).unwrap_or(u128::MAX);
-        let end = u128::from_str_radix(&self.end_key, 16).unwrap_or(0);
-        begin <= key && (key < end || end == u128::MAX)
-    }
-}
-
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
-}
-
-/// A hash key of exactly 32 lower-case hexadecimal digits.
-fn hash_key(text: &str) -> Option<u128> {
-    Some(u128::from_be_bytes(hex_decode(text)?.try_into().ok()?))
 }
 
 /// The whole configuration of a Logstore, as *get* returns it and *update* accepts it.
@@ -531,7 +495,7 @@ pub struct LogstoreConfig {
     /// Counts the changes of the configuration, but not of keys. An update must carry the current
     /// number.
     pub revision: u64,
-    /// The number of shards. An update cannot change it.
+    /// The number of shards, including those that were split or merged. An update cannot change it.
     pub shard_count: u32,
     /// See [`LogstoreSpec::ttl_days`].
     #[serde(default)]
@@ -558,7 +522,9 @@ pub struct LogstoreConfig {
     /// The time of the last update, in seconds since the Unix epoch. The value in an update is
     /// ignored.
     pub last_modify_time: u64,
-    /// The shards. An update cannot change them.
+    /// The shards, by their numbers. An update cannot change them:
+    /// [`Store::split_shard`](crate::Store::split_shard) and
+    /// [`Store::merge_shards`](crate::Store::merge_shards) do.
     pub shards: Vec<ShardInfo>,
 }
 
@@ -587,7 +553,6 @@ impl LogstoreConfig {
     /// # Errors
     /// The rule that it breaks.
     pub(crate) fn check(&self) -> Result<(), String> {
-        let broken = |rule: &str| Err(rule.to_owned());
         let settings = || {
             range("revision", self.revision, 1, u64::MAX)?;
             range("shard_count", self.shard_count.into(), 1, SHARDS_MAX.into())?;
@@ -597,33 +562,31 @@ impl LogstoreConfig {
         };
         settings().map_err(|error| error.to_string())?;
         if self.shards.len() != self.shard_count as usize {
-            return broken("there is not one shard for each of shard_count");
+            return Err("there is not one shard for each of shard_count".to_owned());
         }
-        let mut writable = Vec::new();
-        for (id, shard) in (0..).zip(&self.shards) {
-            if shard.id != id {
-                return broken("the id of a shard is not its place");
-            }
-            if shard.parents.iter().any(|&parent| parent == id || parent >= self.shard_count) {
-                return broken("a parent of a shard is not another shard");
-            }
-            match (hash_key(&shard.begin_key), hash_key(&shard.end_key)) {
-                (Some(begin), Some(end)) if begin < end => {
-                    if shard.status == ShardStatus::ReadWrite {
-                        writable.push((begin, end));
-                    }
-                }
-                _ => return broken("the range of a shard is not a range"),
-            }
-        }
-        writable.sort_unstable();
-        let mut end = Some(0);
-        for range in writable {
-            end = (end == Some(range.0)).then_some(range.1);
-        }
-        match end == Some(u128::MAX) {
-            true => Ok(()),
-            false => broken("the ranges of the writable shards leave a gap or overlap"),
+        shards::check(&self.shards)
+    }
+
+    /// The shards that took the range of a shard when it was split or merged. None for a readwrite
+    /// shard.
+    pub fn children(&self, shard: u32) -> Vec<u32> {
+        let is_child = |info: &&ShardInfo| info.parents.contains(&shard);
+        self.shards.iter().filter(is_child).map(|info| info.id).collect()
+    }
+
+    /// When a shard was created, in seconds since the Unix epoch.
+    pub fn shard_create_time(&self, shard: &ShardInfo) -> u64 {
+        shard.create_time.unwrap_or(self.create_time)
+    }
+
+    /// The configuration with these changed and added shards.
+    pub(crate) fn resharded(&self, shards: Vec<ShardInfo>, now_s: u64) -> Self {
+        Self {
+            revision: self.revision + 1,
+            last_modify_time: now_s,
+            shard_count: shards.len() as u32,
+            shards,
+            ..self.clone()
         }
     }
 
@@ -646,7 +609,7 @@ impl LogstoreConfig {
             probe: spec.probe,
             create_time: now_s,
             last_modify_time: now_s,
-            shards: ShardInfo::divide(spec.shard_count),
+            shards: shards::divide(spec.shard_count),
         })
     }
 
@@ -825,23 +788,5 @@ mod tests {
         );
         let ttl = LogstoreConfig { ttl_days: Some(0), ..current.clone() };
         assert!(matches!(current.updated(ttl, None, 2), Err(ConfigError::OutOfRange { .. })));
-    }
-
-    #[test]
-    fn hash_ranges_cover_everything_once() {
-        for count in [1, 2, 3, 4, 7, 256] {
-            let shards = ShardInfo::divide(count);
-            assert_eq!(shards[0].begin_key, "0".repeat(32));
-            assert_eq!(shards.last().unwrap().end_key, "f".repeat(32));
-            for key in
-                [0, 1, u128::MAX / 3, u128::MAX / 2, u128::MAX / 2 + 1, u128::MAX - 1, u128::MAX]
-            {
-                assert_eq!(
-                    shards.iter().filter(|shard| shard.owns(key)).count(),
-                    1,
-                    "{count} shards, key {key:x}"
-                );
-            }
-        }
     }
 }

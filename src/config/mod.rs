@@ -3,10 +3,13 @@
 
 mod logstore;
 mod name;
+mod shards;
 
 pub use logstore::{
     CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreSpec,
-    ProbeMode, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX, ShardInfo, ShardStatus, TTL_DAYS_MAX,
+    ProbeMode, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX, TTL_DAYS_MAX,
 };
 pub(crate) use logstore::{FixedEncryption, check_cmk};
 pub use name::{LogstoreName, NAME_BYTES_MAX};
+pub(crate) use shards::Resharding;
+pub use shards::{ShardInfo, ShardStatus};

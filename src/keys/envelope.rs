@@ -160,6 +160,13 @@ impl KeysSection {
         self.versions.first().map_or(0, |version| version.ordinals.len())
     }
 
+    /// Adds shards that have no segment yet: the current version owns all that they will have.
+    pub(crate) fn add_shards(&mut self, count: usize) {
+        for version in &mut self.versions {
+            version.ordinals.resize(version.ordinals.len() + count, 1);
+        }
+    }
+
     /// Checks the rules of the format that concern the section alone.
     ///
     /// # Errors

@@ -10,7 +10,9 @@ use crate::{
     Error, Result,
     config::{LogstoreConfig, ProbeMode},
     crypto::SecretKey,
-    document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument, to_json},
+    document::{
+        self, DOCUMENT_BYTES_MAX, Document, DocumentKind, RESHARDED, UnverifiedDocument, to_json,
+    },
     error::Location,
     ids::{LogstoreId, StoreId, hex_decode, hex_encode},
     io::{self, Disk, Existing, FileKind},
@@ -245,6 +247,9 @@ impl Meta {
         if let Err(rule) = self.config.check() {
             return broken(rule);
         }
+        if self.features.incompatible != features_of(&self.config).incompatible {
+            return broken("its features are not those of its shards".to_owned());
+        }
         let Some(keys) = &self.keys else {
             let encrypts = self.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
             return match (encrypts, &self.tagged) {
@@ -381,6 +386,7 @@ impl Meta {
         let version = keyring.newest();
         let (kind, generation) = (DocumentKind::Logstore, self.generation);
         let mut document = Document {
+            features: features_of(&self.config),
             subject: *id.as_bytes(),
             b,
             tag_b,
@@ -397,9 +403,16 @@ impl Meta {
         }
         io::write_twice(disk, &path, &bytes, Existing::Replace)
             .map_err(Error::io("write", &path))?;
-        self.keyring_version = version;
+        (self.features, self.keyring_version) = (document.features, version);
         Ok(())
     }
+}
+
+/// The features that the metadata with this configuration has. A build that does not know
+/// [`RESHARDED`] ends no follower of a read-only shard, and cannot read the time of its children.
+fn features_of(config: &LogstoreConfig) -> Features {
+    let resharded = config.shards.iter().any(|shard| shard.create_time.is_some());
+    Features { incompatible: if resharded { RESHARDED } else { 0 }, ..Features::default() }
 }
 
 fn read(disk: &dyn Disk, path: &Path) -> Result<Vec<u8>> {

@@ -1,6 +1,7 @@
 //! A Logstore: its configuration, its keys and its shards.
 
 mod meta;
+mod shards;
 
 use std::{
     path::{Path, PathBuf},
@@ -9,10 +10,11 @@ use std::{
 };
 
 use serde::Serialize;
+use tracing::debug;
 
 use crate::{
     Error, Result,
-    config::{EncryptType, LogstoreConfig, LogstoreName, ShardStatus},
+    config::{EncryptType, LogstoreConfig, LogstoreName, ShardInfo},
     ids::LogstoreId,
     key_status::{KeyStatus, Refusal},
     keys::{
@@ -26,30 +28,16 @@ use crate::{
     segment::{BLOCK_OVERHEAD_BYTES, DecodedHeader, Footer, KeySource},
     shard::{
         AcceptedLoss, AppendFuture, Appended, CurrentPlan, Durability, End, Follow, MergedPosition,
-        MergedReader, Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardLoss,
-        ShardRecord, Ticket, WaitFor, WritePlan,
+        MergedReader, NotTaken, Payload, ReadOptions, Reader, RecoveryNotice, Route, Shard,
+        ShardChoice, ShardContext, ShardLoss, ShardRecord, Ticket, WaitFor, WritePlan,
     },
-    sync::{
-        LockRank, Mutex, MutexGuard,
-        atomic::{AtomicUsize, Ordering},
-        lock,
-    },
+    sync::{LockRank, Mutex, MutexGuard, lock},
 };
 
-pub(crate) use meta::{Meta, MetaName, MetaRef, remove_older as remove_older_meta};
+use shards::Shards;
 
-/// The shard that receives an append.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum ShardChoice {
-    /// Each writable shard in turn.
-    #[default]
-    RoundRobin,
-    /// The shard with this number.
-    Shard(u32),
-    /// The shard that owns this hash key.
-    HashKey(u128),
-}
+pub(crate) use meta::{Meta, MetaName, MetaRef, remove_older as remove_older_meta};
+pub(crate) use shards::ShardTable;
 
 /// The options of an append.
 ///
@@ -114,11 +102,12 @@ pub(crate) struct LogstoreShared {
     pub(crate) dir: PathBuf,
     pub(crate) gate: Arc<Gate>,
     meta: Mutex<Meta>,
-    pub(crate) shards: Vec<Arc<Shard>>,
+    shards: Shards,
+    /// For shards that are added.
+    context: Arc<ShardContext>,
     /// The count for automatic rotation of the data key.
     bytes_under_key: Mutex<BytesUnderKey>,
     plan: Arc<CurrentPlan>,
-    next_shard: AtomicUsize,
     observer: std::sync::Weak<dyn KeyObserver>,
     threads: bool,
 }
@@ -161,22 +150,19 @@ impl LogstoreShared {
         records: &[ShardRecord],
         observer: std::sync::Weak<dyn KeyObserver>,
     ) -> Self {
-        let shard = |id: u32| {
-            let record = records.get(id as usize).cloned().unwrap_or_default();
-            Shard::new(Arc::clone(&context), id, shard_dir(dir, id), record)
-        };
+        let all = meta.config.shards.iter().map(|it| new_shard(&context, dir, it.id, records));
         Self {
             name: meta.config.name.clone(),
             id: context.gate.id(),
             dir: dir.to_owned(),
             gate: Arc::clone(&context.gate),
-            shards: meta.config.shards.iter().map(|info| shard(info.id)).collect(),
+            shards: Shards::new(&meta.config.shards, all.collect()),
             meta: Mutex::new(LockRank::LogstoreMeta, meta),
             bytes_under_key: Mutex::new(LockRank::BytesUnderKey, BytesUnderKey::default()),
             plan,
-            next_shard: AtomicUsize::new(0),
             observer,
             threads: context.options.threads,
+            context,
         }
     }
 
@@ -226,24 +212,25 @@ impl LogstoreShared {
         let lost = |shard: &Arc<Shard>| -> Arc<dyn LostShard> {
             Arc::new(ShardLoss { shard: Arc::clone(shard), loss, error: error.clone() })
         };
-        self.shards.iter().for_each(|shard| shard.wake_followers());
-        self.shards.iter().filter(|shard| !shard.is_read_only()).map(lost).collect()
+        let table = self.table();
+        table.shards().iter().for_each(|shard| shard.wake_followers());
+        table.shards().iter().filter(|shard| !shard.is_read_only()).map(lost).collect()
     }
 
     /// Refuses every use of the keys from now on, because this thing was closed or deleted. The
     /// followers wake after that, and get the error.
     pub(crate) fn close_gate(&self, what: &'static str) {
         self.gate.close(what);
-        self.shards.iter().for_each(|shard| shard.wake_followers());
+        self.table().shards().iter().for_each(|shard| shard.wake_followers());
     }
 
     /// Marks the Logstore deleted: every handle refuses calls from now on. Waits for no KMS.
     pub(crate) fn delete(&self) {
-        for shard in &self.shards {
+        for shard in self.table().shards() {
             shard.refuse_appends();
         }
         self.close_gate("the Logstore");
-        for shard in &self.shards {
+        for shard in self.table().shards() {
             shard.abandon_soon();
         }
     }
@@ -258,40 +245,51 @@ impl LogstoreShared {
         }
     }
 
-    fn shard(&self, id: u32) -> Result<&Arc<Shard>> {
-        self.shards
-            .get(id as usize)
-            .ok_or_else(|| Error::ShardMissing { logstore: self.name.clone(), shard: id })
+    fn shard(&self, id: u32) -> Result<Arc<Shard>> {
+        let find = || self.table().get(id).cloned();
+        // The writer may have split a shard since this process has looked.
+        let found = find().or_else(|| {
+            self.look_for_shards();
+            find()
+        });
+        found.ok_or_else(|| Error::ShardMissing { logstore: self.name.clone(), shard: id })
     }
 
-    fn choose(&self, choice: ShardChoice) -> Result<&Arc<Shard>> {
-        let meta = lock(&self.meta);
-        let shards = &meta.config.shards;
-        let id = match choice {
-            ShardChoice::Shard(id) => {
-                let status = shards.iter().find(|info| info.id == id).map(|info| info.status);
-                if status == Some(ShardStatus::ReadOnly) {
-                    return Err(Error::ShardReadOnly { logstore: self.name.clone(), shard: id });
-                }
-                id
-            }
-            ShardChoice::HashKey(key) => {
-                let owner = shards
-                    .iter()
-                    .find(|info| info.status == ShardStatus::ReadWrite && info.owns(key));
-                owner.map(|info| info.id).ok_or(Error::Closed("the shard of that hash key"))?
-            }
-            ShardChoice::RoundRobin => {
-                let count =
-                    shards.iter().filter(|info| info.status == ShardStatus::ReadWrite).count();
-                let turn = self.next_shard.fetch_add(1, Ordering::Relaxed) % count.max(1);
-                let chosen =
-                    shards.iter().filter(|info| info.status == ShardStatus::ReadWrite).nth(turn);
-                chosen.map(|info| info.id).ok_or(Error::Closed("every shard"))?
-            }
-        };
-        drop(meta);
-        self.shard(id)
+    /// The shards at this moment, by their numbers.
+    pub(crate) fn table(&self) -> Arc<ShardTable> {
+        self.shards.table()
+    }
+
+    /// A table with these shards, which takes effect with [`LogstoreShared::put_table`]. `records`
+    /// has what the catalogue knows of the new ones.
+    pub(crate) fn changed_table(
+        &self,
+        infos: &[ShardInfo],
+        records: &[ShardRecord],
+    ) -> Arc<ShardTable> {
+        let create = |id| new_shard(&self.context, &self.dir, id, records);
+        self.shards.changed(infos, create)
+    }
+
+    /// Puts a table in force for the appends that choose their shard from now on.
+    pub(crate) fn put_table(&self, table: Arc<ShardTable>) {
+        self.shards.put(table);
+    }
+
+    /// Ends the followers of the shards that are read-only in a table, once they have read
+    /// everything.
+    pub(crate) fn end_read_only(&self, table: &ShardTable) {
+        shards::end_read_only(table);
+    }
+
+    /// In a store that is open for reading: takes in the shards that the writer has added since. If
+    /// that fails, those that are known stay.
+    fn look_for_shards(&self) {
+        if self.context.read_only
+            && let Err(error) = self.gate.catch_up()
+        {
+            debug!(logstore = %self.name, %error, "the shards of the writer were not looked for");
+        }
     }
 
     pub(crate) fn data_key_status(
@@ -318,7 +316,7 @@ impl LogstoreShared {
     pub(crate) fn metrics(&self) -> LogstoreMetrics {
         let mut metrics = LogstoreMetrics::new(self.name.clone(), self.gate.status());
         self.gate.add_to(&mut metrics);
-        self.shards.iter().for_each(|shard| shard.add_to(&mut metrics));
+        self.table().shards().iter().for_each(|shard| shard.add_to(&mut metrics));
         metrics
     }
 
@@ -328,7 +326,7 @@ impl LogstoreShared {
             let meta = lock(&self.meta);
             (meta.config.clone(), meta.generation)
         };
-        let keys = self.keys_section();
+        let (keys, table) = (self.keys_section(), self.table());
         let mut status = LogstoreStatus {
             name: self.name.clone(),
             id: self.id,
@@ -353,16 +351,16 @@ impl LogstoreShared {
             bytes_raw: 0,
             bytes_compressed: 0,
             bytes_stored: 0,
-            recovery: self.shards.iter().flat_map(|shard| shard.notices()).collect(),
-            losses: self.shards.iter().flat_map(|shard| shard.losses()).collect(),
+            recovery: table.shards().iter().flat_map(|shard| shard.notices()).collect(),
+            losses: table.shards().iter().flat_map(|shard| shard.losses()).collect(),
             unreadable_segments: 0,
-            latched: self
-                .shards
+            latched: table
+                .shards()
                 .iter()
                 .find_map(|shard| shard.latch_cause())
                 .map(|cause| cause.to_string()),
         };
-        for shard in &self.shards {
+        for shard in table.shards() {
             for name in shard.segments(true)?.iter() {
                 let opened = match shard.open_readable(name) {
                     Ok(Some(opened)) => opened,
@@ -392,6 +390,16 @@ impl LogstoreShared {
     }
 }
 
+fn new_shard(
+    context: &Arc<ShardContext>,
+    logstore_dir: &Path,
+    id: u32,
+    records: &[ShardRecord],
+) -> Arc<Shard> {
+    let record = records.get(id as usize).cloned().unwrap_or_default();
+    Shard::new(Arc::clone(context), id, shard_dir(logstore_dir, id), record)
+}
+
 pub(crate) fn shard_dir(logstore_dir: &Path, shard: u32) -> PathBuf {
     logstore_dir.join(format!("shard-{shard:04}"))
 }
@@ -400,6 +408,12 @@ pub(crate) fn shard_dir(logstore_dir: &Path, shard: u32) -> PathBuf {
 pub(crate) fn is_shard_dir(name: &str) -> bool {
     let shard = name.strip_prefix("shard-").and_then(|number| number.parse().ok());
     shard.is_some_and(|shard| shard_dir(Path::new(""), shard) == Path::new(name))
+}
+
+impl Route for LogstoreShared {
+    fn route(&self, choice: ShardChoice) -> Result<Arc<Shard>> {
+        self.shards.route(&self.name, choice)
+    }
 }
 
 impl LeaseListener for LogstoreShared {
@@ -567,6 +581,7 @@ impl Logstore {
     ///
     /// # Errors
     /// [`Error::Revoked`] or [`Error::KmsUnreachable`] if the key may not be used.
+    /// [`Error::ShardReadOnly`] for a shard that was split or merged.
     /// [`Error::InvalidGroup`] or [`Error::TooLarge`] for the payload. [`Error::Io`] for a failed
     /// write, and [`Error::Latched`] after one. A failed append may or may not be on disk, but
     /// never in part.
@@ -586,8 +601,8 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        let (shard, payload) = self.target(payload, options)?;
-        shard.enqueue(payload, options.durability)?.wait()
+        let append = |shard: Arc<Shard>, payload| shard.enqueue(payload, options.durability);
+        self.routed(payload, options, append)?.wait()
     }
 
     /// Appends a group as a future: awaits room in the memory budget
@@ -622,11 +637,13 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        match self.target(payload, options) {
-            Ok((shard, payload)) => {
-                AppendFuture::new(Arc::clone(shard), payload, options.durability)
+        self.shared.act_on_losses();
+        match payload.try_into() {
+            Ok(payload) => {
+                let router = Arc::clone(&self.shared) as _;
+                AppendFuture::new(router, options.shard, payload, options.durability)
             }
-            Err(error) => AppendFuture::failed(error),
+            Err(error) => AppendFuture::failed(error.into()),
         }
     }
 
@@ -641,8 +658,9 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        let (shard, payload) = self.target(payload, options)?;
-        shard.hand_over(payload, options.durability, true)
+        self.routed(payload, options, |shard, payload| {
+            shard.hand_over(payload, options.durability, true)
+        })
     }
 
     /// As [`Logstore::submit`], but never blocks.
@@ -657,19 +675,32 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        let (shard, payload) = self.target(payload, options)?;
-        shard.hand_over(payload, options.durability, false)
+        self.routed(payload, options, |shard, payload| {
+            shard.hand_over(payload, options.durability, false)
+        })
     }
 
-    /// The shard and the payload of an append.
-    fn target<P>(&self, payload: P, options: &AppendOptions) -> Result<(&Arc<Shard>, Payload)>
+    /// Gives the payload of an append to its shard, and to another one if that was split or merged
+    /// since it was chosen.
+    fn routed<P>(
+        &self,
+        payload: P,
+        options: &AppendOptions,
+        take: impl Fn(Arc<Shard>, Payload) -> std::result::Result<Ticket, NotTaken>,
+    ) -> Result<Ticket>
     where
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
         self.shared.act_on_losses();
-        let payload = payload.try_into()?;
-        Ok((self.shared.choose(options.shard)?, payload))
+        let mut payload = payload.try_into()?;
+        loop {
+            match take(self.shared.route(options.shard)?, payload) {
+                Ok(ticket) => return Ok(ticket),
+                Err(NotTaken::Failed(error)) => return Err(error),
+                Err(NotTaken::Moved(moved)) => payload = moved,
+            }
+        }
     }
 
     /// Makes everything durable that was appended before the call. Bytes from a killed process, or
@@ -682,7 +713,7 @@ impl Logstore {
     /// ([`StoreOptions::reopen_full_shards`](crate::StoreOptions::reopen_full_shards)).
     pub fn sync(&self) -> Result<()> {
         self.shared.act_on_losses();
-        self.shared.shards.iter().try_for_each(|shard| shard.make_durable())
+        self.shared.table().shards().iter().try_for_each(|shard| shard.make_durable())
     }
 
     /// Opens a reader on a shard.
@@ -693,7 +724,7 @@ impl Logstore {
     /// are open.
     pub fn read(&self, shard: u32, options: &ReadOptions) -> Result<Reader> {
         self.shared.act_on_losses();
-        Reader::open(self.shared.shard(shard)?, options)
+        Reader::open(&*self.shared.shard(shard)?, options)
     }
 
     /// Opens a reader on all shards, which merges their records by receive time. The limits of the
@@ -705,8 +736,7 @@ impl Logstore {
     /// As [`Logstore::read`]. [`Error::InvalidArgument`] for a position that is a sequence number,
     /// which has no meaning across shards. The error of a record that cannot be read.
     pub fn read_merged(&self, options: &ReadOptions) -> Result<MergedReader> {
-        self.shared.act_on_losses();
-        MergedReader::open(self.shared.shards.iter().map(|shard| &**shard), None, options)
+        self.merged(None, options)
     }
 
     /// As [`Logstore::read_merged`], but begins where another reader was
@@ -738,11 +768,22 @@ impl Logstore {
         position: &MergedPosition,
         options: &ReadOptions,
     ) -> Result<MergedReader> {
-        self.shared.act_on_losses();
-        MergedReader::open(self.shared.shards.iter().map(|shard| &**shard), Some(position), options)
+        self.merged(Some(position), options)
     }
 
-    /// Follows a shard: reads it, and waits at the end for more. Blocks for file I/O, and for a KMS
+    fn merged(
+        &self,
+        position: Option<&MergedPosition>,
+        options: &ReadOptions,
+    ) -> Result<MergedReader> {
+        self.shared.act_on_losses();
+        self.shared.look_for_shards();
+        let table = self.shared.table();
+        MergedReader::open(table.shards().iter().map(|shard| &**shard), position, options)
+    }
+
+    /// Follows a shard: reads it, and waits at the end for more. Ends behind the last record of a
+    /// read-only shard ([`Follow::has_ended`]). Blocks for file I/O, and for a KMS
     /// call if the last answer of the KMS is too old.
     ///
     /// # Errors
@@ -764,7 +805,7 @@ impl Logstore {
     /// ```
     pub fn follow(&self, shard: u32, options: &ReadOptions) -> Result<Follow> {
         self.shared.act_on_losses();
-        Follow::new(self.shared.shard(shard)?, options)
+        Follow::new(&self.shared.shard(shard)?, options)
     }
 
     /// Waits until a shard has grown beyond the sequence number `seq`. This call reads the
@@ -774,7 +815,17 @@ impl Logstore {
     /// # Errors
     /// As [`Logstore::end_seq`].
     pub fn wait_for(&self, shard: u32, seq: u64) -> Result<WaitFor> {
-        WaitFor::new(self.shared.shard(shard)?, seq)
+        WaitFor::new(&self.shared.shard(shard)?, seq)
+    }
+
+    /// The sequence number that retention has dropped everything in front of: 0 at first, and the end
+    /// of the shard once all its data is dropped. In a store that is open for reading, as the
+    /// catalogue had it when the Logstore was looked up.
+    ///
+    /// # Errors
+    /// [`Error::ShardMissing`].
+    pub fn first_seq(&self, shard: u32) -> Result<u64> {
+        Ok(self.shared.shard(shard)?.record().first_seq)
     }
 
     /// One past the newest sequence number of a shard that a reader can see.
@@ -818,7 +869,7 @@ impl Logstore {
     /// The error of sealing a segment.
     pub fn roll(&self) -> Result<()> {
         self.shared.act_on_losses();
-        self.shared.shards.iter().try_for_each(|shard| shard.roll())
+        self.shared.table().shards().iter().try_for_each(|shard| shard.roll())
     }
 }
 

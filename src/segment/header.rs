@@ -293,7 +293,7 @@ impl SegmentHeader {
         let covered = strip_crc(Cursor::new(bytes).bytes(hashed_len + SUFFIX_LEN)?)?;
 
         let features = Features::decode(&mut cursor)?;
-        features.check()?;
+        features.check(0)?;
         let suite = Suite::from_code(suite)
             .ok_or_else(|| DecodeError::Feature(format!("cipher suite {suite}")))?;
         let header = Self {

@@ -89,6 +89,8 @@ pub(super) enum Stopped {
 /// Why a group was not accepted.
 pub(super) enum Rejected {
     Stopped(Stopped),
+    /// Other shards take the range of this one.
+    Retired(Group),
     /// No segment reserves sequence numbers. [`GroupCommit::open`], then submit the group again.
     NotOpen(Group),
     /// All reserved sequence numbers are in use.
@@ -207,6 +209,9 @@ impl GroupCommit {
     pub(super) fn submit(&self, group: Group) -> Result<Submitted, Rejected> {
         let mut state = self.lock();
         state.check().map_err(Rejected::Stopped)?;
+        if state.retired {
+            return Err(Rejected::Retired(group));
+        }
         if !state.open {
             return Err(Rejected::NotOpen(group));
         }
@@ -233,9 +238,12 @@ impl GroupCommit {
         &self,
         group: Group,
         durability: Durability,
-    ) -> Result<(u64, bool), Stopped> {
+    ) -> Result<(u64, bool), Rejected> {
         let mut state = self.lock();
-        state.check()?;
+        state.check().map_err(Rejected::Stopped)?;
+        if state.retired {
+            return Err(Rejected::Retired(group));
+        }
         state.askers += 1;
         Ok(state.handover.push(group, durability))
     }
@@ -720,6 +728,34 @@ impl GroupCommit {
         state.led.is_none() && state.queue.is_empty() && state.open
     }
 
+    // ---- a split or a merge ----
+
+    /// Accepts no more submissions: other shards take the range of this one. Groups in the queue,
+    /// and those that were handed over, can still be written.
+    pub(super) fn retire(&self) {
+        self.lock().retired = true;
+    }
+
+    /// Accepts submissions again: the split or merge has failed.
+    pub(super) fn reinstate(&self) {
+        self.lock().retired = false;
+    }
+
+    /// Whether other shards take the range of this one, and everything that this one has accepted
+    /// is written or has failed. It needs no segment any more.
+    pub(super) fn is_done(&self) -> bool {
+        let state = self.lock();
+        state.retired && state.queue.is_empty() && state.handover.waiting.is_empty()
+    }
+
+    /// The shard is read-only for good. Wakes the followers: those that have read everything end.
+    pub(super) fn end(&self) {
+        let mut state = self.lock();
+        state.retired = true;
+        state.tasks.end();
+        self.wake(state);
+    }
+
     // ---- the end ----
 
     /// A failure has latched the writer: a failed operation is never retried. Appends that are not
@@ -912,6 +948,8 @@ struct State {
     /// Whether a segment reserves the numbers that are handed out.
     open: bool,
     closed: bool,
+    /// Whether other shards take the range of this one.
+    retired: bool,
     latched: Option<Arc<Error>>,
 
     /// The next sequence number to hand out, and the first one that is not reserved.

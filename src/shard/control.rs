@@ -134,6 +134,31 @@ impl Shard {
         Ok(Paused { shard: self, writer, _leading: leading })
     }
 
+    /// Writes everything that the shard has accepted, seals its last segment, and pauses it. The
+    /// shard is retired, so it grows no more. A segment that another process has left open is
+    /// recovered.
+    pub(crate) fn pause_at_end(&self) -> Result<Paused<'_>> {
+        self.sync()?;
+        let leading = self.lead();
+        let mut writer = self.writer();
+        self.seal(&mut writer, KeyUse::Admitted)?;
+        if self.commit.has_queued() {
+            // They are acknowledged, and the key has refused them since.
+            return Err(Error::Closed("the segment of acknowledged groups"));
+        }
+        if writer.next().is_none()
+            && let Some(last) = self.list.segments(false)?.last().cloned()
+            && matches!(self.list.open_segment(&last)?.end, End::Unknown)
+        {
+            // The header of the next segment says where this one ends.
+            self.context.gate.admit()?;
+            self.begin(&mut writer)
+                .inspect_err(|error| self.latch_if_failed(&mut writer, error))?;
+            self.seal(&mut writer, KeyUse::Admitted)?;
+        }
+        Ok(Paused { shard: self, writer, _leading: leading })
+    }
+
     /// Rolls the active segment, if it has blocks. Everything appended before is in it.
     pub(crate) fn roll(&self) -> Result<()> {
         if self.commit.has_queued() {
@@ -309,6 +334,14 @@ impl Paused<'_> {
     /// The head of the shard; `None` if its end was not looked for yet.
     pub(crate) fn head(&self) -> Option<Head> {
         self.shard.head(&self.writer)
+    }
+
+    /// The head of a shard that grows no more, from its files if its end was not looked for yet.
+    ///
+    /// # Errors
+    /// The error of opening its last segment.
+    pub(crate) fn last_head(&self) -> Result<Option<Head>> {
+        self.head().map_or_else(|| head_on_disk(&self.shard.list), |head| Ok(Some(head)))
     }
 
     /// Notes that the catalogue has the head of the shard.

@@ -1,7 +1,7 @@
 //! Following a shard: readers that wait for more at the end.
 //!
 //! [`GroupCommit`](super::commit::GroupCommit) wakes the followers of a shard when a block is
-//! written, when the key is lost, and when the shard is closed. In a store that is open for reading,
+//! written, when the key is lost, when the shard becomes read-only, and when it is closed. In a store that is open for reading,
 //! a job wakes them every 100 ms: another process writes there.
 
 use std::{
@@ -53,8 +53,8 @@ impl Drop for Follower {
 /// Waits until a shard has grown beyond a sequence number; from
 /// [`Logstore::wait_for`](crate::Logstore::wait_for). Await it, or block in [`WaitFor::wait`].
 ///
-/// The wait also ends when the key is lost, and when the Logstore is closed or deleted. The next
-/// read tells which.
+/// The wait also ends when the shard is read-only, when the key is lost, and when the Logstore is
+/// closed or deleted. The next read tells which.
 #[must_use = "it waits only when it is awaited, or in `wait`"]
 pub struct WaitFor {
     follower: Follower,
@@ -75,7 +75,7 @@ impl WaitFor {
         let news = shard.commit().news();
         let seen = News { written: news.written.max(seq), ..news };
         // The shard may have grown in another process.
-        let has_grown = shard.end_seq()? > seq;
+        let has_grown = news.ended || shard.end_seq()? > seq;
         Ok(Self { follower: Follower::new(shard), seq, seen, has_grown })
     }
 
@@ -113,8 +113,9 @@ impl Future for WaitFor {
 /// Reads a shard forward, and waits at the end for more; from
 /// [`Logstore::follow`](crate::Logstore::follow).
 ///
-/// As an iterator it blocks until there is another record. It ends after an error, and where
-/// [`ReadOptions`] say so. With the feature `stream`, `into_stream` makes a `futures_core::Stream` of
+/// As an iterator it blocks until there is another record. It ends after an error, where
+/// [`ReadOptions`] say so, and behind the last record of a read-only shard, which grows no more
+/// ([`Follow::has_ended`]). With the feature `stream`, `into_stream` makes a `futures_core::Stream` of
 /// it. An append reaches its followers as soon as it is `Written`.
 pub struct Follow(Arc<Following>);
 
@@ -136,6 +137,8 @@ struct State {
     job_is_scheduled: bool,
     /// The task that waits for the job.
     waker: Option<Waker>,
+    /// Whether the follower has read a read-only shard to its end.
+    ended: bool,
 }
 
 impl std::fmt::Debug for Follow {
@@ -148,7 +151,8 @@ impl Follow {
     pub(crate) fn new(shard: &Arc<Shard>, options: &ReadOptions) -> Result<Self> {
         let seen = shard.commit().news();
         let reader = Some(Reader::following(shard, options)?);
-        let state = State { reader, ready: None, seen, job_is_scheduled: false, waker: None };
+        let (ready, waker) = (None, None);
+        let state = State { reader, ready, seen, job_is_scheduled: false, waker, ended: false };
         Ok(Self(Arc::new_cyclic(|this| Following {
             shard: Arc::clone(shard),
             follower: Follower::new(shard),
@@ -175,6 +179,26 @@ impl Follow {
     /// As [`Follow::try_next`].
     pub fn next_timeout(&mut self, timeout: Duration) -> Result<Option<Record>> {
         self.next_within(Some(timeout)).flatten().transpose()
+    }
+
+    /// Whether the follower has read a read-only shard to its end, after it has returned `None`: a
+    /// split or a merge has given the range of the shard to others
+    /// ([`LogstoreConfig::children`](crate::LogstoreConfig::children)). Follow these to go on.
+    ///
+    /// ```
+    /// # use envelog::{Store, crypto::RustCrypto, LogstoreSpec, ReadOptions};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let store = Store::builder(dir.path().join("s"), dir.path().join("k"), RustCrypto::new()).create().unwrap();
+    /// let name = "app/events".parse()?;
+    /// let logstore = store.create_logstore(&name, LogstoreSpec::default())?;
+    /// let mut follow = logstore.follow(0, &ReadOptions::default())?;
+    /// store.split_shard(&name, 0, None)?;
+    /// assert!(follow.next().is_none() && follow.has_ended());
+    /// assert_eq!(logstore.config().children(0), [1, 2]);
+    /// # Ok::<(), envelog::Error>(())
+    /// ```
+    pub fn has_ended(&self) -> bool {
+        lock(&self.0.state).ended
     }
 
     /// The same as a stream, for a task.
@@ -289,6 +313,9 @@ impl Following {
                 }
                 return Poll::Pending;
             }
+            if ready.is_none() {
+                self.shard.look_for_end();
+            }
             let seen = self.shard.commit().news();
             let has_read = ready.is_none();
             let next = match ready.unwrap_or_else(|| reader.ready()) {
@@ -303,6 +330,9 @@ impl Following {
                 state.seen = seen;
             }
             let seen = state.seen;
+            // What was known before the reader looked: the shard has not grown since.
+            state.ended |= at_end && !is_over && seen.ended;
+            let is_over = is_over || state.ended;
             drop(state);
             if !at_end || is_over {
                 return Poll::Ready(next);
@@ -347,6 +377,7 @@ impl Task<ReaderJob> for Following {
             state.reader.take()
         };
         let Some(mut reader) = reader else { return };
+        self.shard.look_for_end();
         let seen = self.shard.commit().news();
         let ready = reader.ready();
         let waker = {

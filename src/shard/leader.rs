@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use tracing::{debug_span, error, trace_span};
+use tracing::{debug, debug_span, error, trace_span};
 
 use super::{
     Durability, Payload, Shard, Ticket,
@@ -40,6 +40,8 @@ pub(super) const KMS_RETRY_AFTER: Duration = Duration::from_millis(20);
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How often the followers of a shard look for more that another process writes.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often the followers of a shard that another process writes look whether it is read-only.
+const LOOK_FOR_END_EVERY: Duration = Duration::from_secs(1);
 /// After how long groups are tried again that were handed over and got no sequence number.
 const PLACE_AGAIN_AFTER: Duration = Duration::from_millis(20);
 /// After how long a shard is reopened that a full disk has stopped.
@@ -64,6 +66,8 @@ pub(super) struct Timers {
     reopenings: AtomicU32,
     /// When the shard was synced last, in nanoseconds of uptime.
     synced_at_ns: AtomicU64,
+    /// When the end of the shard was looked for last, in nanoseconds of uptime.
+    looked_for_end_ns: AtomicU64,
 }
 
 impl Timers {
@@ -85,6 +89,13 @@ impl Timers {
     /// The scheduled mark has begun: the next one can be scheduled.
     fn mark_begins(&self) {
         self.mark.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether the last look for the end of the shard is long enough ago for another one.
+    fn claim_look_for_end(&self, now: Duration) -> bool {
+        let (now_ns, every_ns) = (now.as_nanos() as u64, LOOK_FOR_END_EVERY.as_nanos() as u64);
+        let due_at = |last: u64| (last.saturating_add(every_ns) <= now_ns).then_some(now_ns);
+        self.looked_for_end_ns.fetch_update(Ordering::SeqCst, Ordering::SeqCst, due_at).is_ok()
     }
 
     /// Returns whether no look was scheduled, so that the caller schedules it.
@@ -127,6 +138,20 @@ impl Timers {
     }
 }
 
+/// Why a shard has not taken a group.
+#[derive(Debug)]
+pub(crate) enum NotTaken {
+    /// Other shards take the range of this one.
+    Moved(Payload),
+    Failed(Error),
+}
+
+impl From<Error> for NotTaken {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
 /// The leadership of a shard. It ends when this is dropped.
 pub(super) struct Leading<'a> {
     shard: &'a Shard,
@@ -154,7 +179,7 @@ impl Shard {
         self: &Arc<Self>,
         payload: Payload,
         durability: Durability,
-    ) -> Result<Ticket> {
+    ) -> Result<Ticket, NotTaken> {
         let charge = self.charge_of(&payload)?;
         self.context.gate.admit()?;
         if !self.try_charge(charge) {
@@ -178,12 +203,12 @@ impl Shard {
         payload: Payload,
         durability: Durability,
         wait_for_room: bool,
-    ) -> Result<Ticket> {
+    ) -> Result<Ticket, NotTaken> {
         let charge = self.charge_of(&payload)?;
         let mut admitted = self.admits_at_once()?;
         if !self.try_charge(charge) {
             if !wait_for_room {
-                return Err(self.full());
+                return Err(self.full().into());
             }
             self.charge_waiting(charge)?;
             admitted =
@@ -200,9 +225,9 @@ impl Shard {
         durability: Durability,
         room: &AwaitsRoom,
         waker: &Waker,
-    ) -> Poll<Result<Ticket>> {
+    ) -> Poll<Result<Ticket, NotTaken>> {
         let Some(next) = payload.take() else {
-            return Poll::Ready(Err(Error::Closed("the append")));
+            return Poll::Ready(Err(Error::Closed("the append").into()));
         };
         let charge = self.charge_of(&next)?;
         let admitted = self.admits_at_once()?;
@@ -278,16 +303,28 @@ impl Shard {
 
     /// Queues a group. Blocks until a segment is open. Gives the room of the group back if it is
     /// not queued.
-    fn submit(self: &Arc<Self>, mut group: Group, durability: Durability) -> Result<Ticket> {
+    fn submit(
+        self: &Arc<Self>,
+        mut group: Group,
+        durability: Durability,
+    ) -> Result<Ticket, NotTaken> {
         let charged = group.charged;
-        let failed = |_: &Error| self.context.budget.release(charged);
         loop {
             group = match self.commit.submit(group) {
                 Ok(submitted) => return Ok(self.ticket(&submitted, durability)),
                 Err(Rejected::NotOpen(group)) => group,
-                Err(rejected) => return Err(self.rejected(rejected)).inspect_err(failed),
+                Err(rejected) => return Err(self.rejected(rejected, charged)),
             };
-            self.prepare().inspect_err(failed)?;
+            match self.prepare() {
+                Ok(()) => {}
+                Err(_) if self.commit.is_done() => {
+                    return Err(self.rejected(Rejected::Retired(group), charged));
+                }
+                Err(error) => {
+                    self.context.budget.release(charged);
+                    return Err(error.into());
+                }
+            }
         }
     }
 
@@ -297,24 +334,23 @@ impl Shard {
         mut group: Group,
         durability: Durability,
         admitted: bool,
-    ) -> Result<Ticket> {
+    ) -> Result<Ticket, NotTaken> {
         if !self.context.options.threads {
             return self.submit(group, durability).inspect(Ticket::hasten);
         }
         let charged = group.charged;
-        let failed = |_: &Error| self.context.budget.release(charged);
         if admitted {
             group = match self.commit.submit(group) {
                 Ok(submitted) => {
                     return Ok(self.ticket(&submitted, durability)).inspect(Ticket::hasten);
                 }
                 Err(Rejected::NotOpen(group)) => group,
-                Err(rejected) => return Err(self.rejected(rejected)).inspect_err(failed),
+                Err(rejected) => return Err(self.rejected(rejected, charged)),
             };
         }
         let handed_over = self.commit.hand_over(group, durability);
         let (number, is_only_one) =
-            handed_over.map_err(|stopped| self.stopped(stopped)).inspect_err(failed)?;
+            handed_over.map_err(|rejected| self.rejected(rejected, charged))?;
         if is_only_one {
             self.schedule(Duration::ZERO, ShardJob::Place);
         }
@@ -327,10 +363,15 @@ impl Shard {
         ticket
     }
 
-    fn rejected(&self, rejected: Rejected) -> Error {
+    /// Gives the room of a group back that was not queued.
+    fn rejected(&self, rejected: Rejected, charged: usize) -> NotTaken {
+        self.context.budget.release(charged);
         match rejected {
-            Rejected::Stopped(stopped) => self.stopped(stopped),
-            Rejected::Exhausted | Rejected::NotOpen(_) => self.full(),
+            Rejected::Stopped(stopped) => self.stopped(stopped).into(),
+            Rejected::Retired(Group { kind, bytes, logs, .. }) => {
+                NotTaken::Moved(Payload { kind, bytes, logs })
+            }
+            Rejected::Exhausted | Rejected::NotOpen(_) => self.full().into(),
         }
     }
 
@@ -667,6 +708,9 @@ impl Shard {
         if self.commit.is_open().map_err(|stopped| self.stopped(stopped))? {
             return Ok(());
         }
+        if self.commit.is_done() {
+            return Err(Error::Closed("the shard"));
+        }
         // After a repair a segment is open already.
         if !writer.is_open() {
             self.begin(&mut writer)
@@ -762,6 +806,18 @@ impl Shard {
     pub(super) fn schedule_look(&self) {
         if self.timers.claim_look() {
             self.schedule(LOOK_EVERY, ShardJob::Look);
+        }
+    }
+
+    /// In a store that is open for reading: looks from time to time whether the writer has split or
+    /// merged the shard, so that its followers end. An error is for the next read.
+    pub(super) fn look_for_end(&self) {
+        if self.context.read_only
+            && !self.commit.news().ended
+            && self.timers.claim_look_for_end(self.context.clock.uptime())
+            && let Err(error) = self.context.gate.catch_up()
+        {
+            debug!(logstore = %self.name(), shard = self.id(), %error, "metadata not read again");
         }
     }
 

@@ -87,12 +87,13 @@ pub(crate) use copying::{CopySource, Extent};
 pub use follow::FollowStream;
 pub use follow::{Follow, WaitFor};
 pub(crate) use helpers::Helpers;
+pub(crate) use leader::NotTaken;
 use leader::{KMS_RETRY_AFTER, Timers};
 pub(crate) use listing::SegmentRef;
 use loss::Lost;
 pub(crate) use loss::{RecordLostGroups, ShardLoss};
 pub use merged::{MergedPosition, MergedReader};
-pub use payload::{Appended, Durability, Payload};
+pub use payload::{Appended, Durability, Payload, ShardChoice};
 pub(crate) use reader::ReaderPermits;
 pub use reader::{LostRange, Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
 pub(crate) use record::{Head, Loss, RecordHead, ReloadRecord, ShardRecord};
@@ -100,6 +101,7 @@ pub use recovery::{AcceptedLoss, AdoptedMetadata, RecoveryNotice, RepairOptions,
 pub(crate) use salvage::FoundLoss;
 pub(crate) use segment_reader::{Load, SegmentReader};
 pub(crate) use segments::{End, Opened, Proof, SegmentList, is_segment_temporary, read_header};
+pub(crate) use ticket::Route;
 pub use ticket::{AppendFuture, Ticket};
 use writer::{KeyUse, SegmentWriter, WriteEnv};
 
@@ -283,6 +285,29 @@ impl Shard {
         let (groups, bytes) = self.commit.queued();
         metrics.queued_groups += groups as u64;
         metrics.queued_bytes += bytes as u64;
+    }
+
+    // ---- a split or a merge ----
+
+    /// Accepts no more groups, because other shards take the range of this one. Groups that it has
+    /// accepted can still be written.
+    pub(crate) fn retire(&self) {
+        self.commit.retire();
+    }
+
+    /// Accepts groups again: the split or merge has failed.
+    pub(crate) fn reinstate(&self) {
+        self.commit.reinstate();
+    }
+
+    /// The shard is read-only for good. Its followers end once they have read everything.
+    pub(crate) fn end(&self) {
+        self.commit.end();
+    }
+
+    /// Fails the groups that were handed over and have no sequence number yet.
+    pub(crate) fn refuse_handed_over(&self, error: &Error) {
+        self.account(self.commit.refuse_handed_over(error));
     }
 
     // ---- heads ----

@@ -32,6 +32,20 @@ pub enum Durability {
     Synced,
 }
 
+/// The shard that receives an append.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum ShardChoice {
+    /// Each readwrite shard in turn.
+    #[default]
+    RoundRobin,
+    /// The shard with this number. If it is read-only, the append fails with
+    /// [`Error::ShardReadOnly`].
+    Shard(u32),
+    /// The readwrite shard that owns this hash key.
+    HashKey(u128),
+}
+
 /// The contents of one append.
 #[derive(Clone, Debug)]
 pub struct Payload {

@@ -7,7 +7,10 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use super::{Appended, Durability, Payload, Shard, budget::AwaitsRoom, handover::Claim};
+use super::{
+    Appended, Durability, NotTaken, Payload, Shard, ShardChoice, budget::AwaitsRoom,
+    handover::Claim,
+};
 use crate::{Error, Result};
 
 /// An append under way: wait for it, ask whether it is done, or await it as a future.
@@ -87,6 +90,13 @@ impl Future for Ticket {
     }
 }
 
+/// Chooses the shard of an append.
+pub(crate) trait Route: Send + Sync {
+    /// # Errors
+    /// No shard takes the append.
+    fn route(&self, choice: ShardChoice) -> Result<Arc<Shard>>;
+}
+
 /// A group on its way into the memory budget and then to the disk, as a future.
 ///
 /// Awaits room in the budget, and then the durability that the append asked for. Nothing is
@@ -99,6 +109,8 @@ enum Appending {
     Failed(Option<Error>),
     /// There was no room yet, or the future was not polled.
     Waits {
+        router: Arc<dyn Route>,
+        choice: ShardChoice,
         shard: Arc<Shard>,
         payload: Option<Payload>,
         durability: Durability,
@@ -114,9 +126,20 @@ impl std::fmt::Debug for AppendFuture {
 }
 
 impl AppendFuture {
-    pub(crate) fn new(shard: Arc<Shard>, payload: Payload, durability: Durability) -> Self {
-        let room = shard.await_room();
-        Self(Appending::Waits { shard, payload: Some(payload), durability, room })
+    /// The append of a group to the shard that `router` chooses.
+    pub(crate) fn new(
+        router: Arc<dyn Route>,
+        choice: ShardChoice,
+        payload: Payload,
+        durability: Durability,
+    ) -> Self {
+        match router.route(choice) {
+            Ok(shard) => {
+                let (room, payload) = (shard.await_room(), Some(payload));
+                Self(Appending::Waits { router, choice, shard, payload, durability, room })
+            }
+            Err(error) => Self::failed(error),
+        }
     }
 
     /// Fails when it is awaited.
@@ -136,8 +159,19 @@ impl Future for AppendFuture {
                     return Poll::Ready(Err(error.take().unwrap_or_else(again)));
                 }
                 Appending::Submitted(ticket) => return Pin::new(ticket).poll(context),
-                Appending::Waits { shard, payload, durability, room } => {
-                    ready!(shard.poll_hand_over(payload, *durability, room, context.waker()))
+                Appending::Waits { router, choice, shard, payload, durability, room } => {
+                    let polled = shard.poll_hand_over(payload, *durability, room, context.waker());
+                    match ready!(polled) {
+                        Ok(ticket) => Ok(ticket),
+                        Err(NotTaken::Failed(error)) => Err(error),
+                        Err(NotTaken::Moved(moved)) => match router.route(*choice) {
+                            Ok(other) => {
+                                (*shard, *payload) = (other, Some(moved));
+                                continue;
+                            }
+                            Err(error) => Err(error),
+                        },
+                    }
                 }
             };
             self.0 = match ticket {

@@ -15,6 +15,8 @@ pub(super) struct News {
     pub(super) written: u64,
     /// Counts the other events that a follower is woken for.
     pub(super) others: u64,
+    /// Whether the shard is read-only for good: it grows no more.
+    pub(super) ended: bool,
 }
 
 /// The tasks that await a shard. The thread that changes the shard wakes the tasks that
@@ -99,6 +101,12 @@ impl Tasks {
     pub(super) fn other_news(&mut self) {
         self.news.others += 1;
         self.wake_followers();
+    }
+
+    /// Wakes the followers: the shard grows no more.
+    pub(super) fn end(&mut self) {
+        self.news.ended = true;
+        self.other_news();
     }
 
     fn wake_followers(&mut self) {

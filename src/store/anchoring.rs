@@ -67,6 +67,9 @@ fn check_logstore(core: &Core, name: &LogstoreName, found: &Entry, kept: &Entry)
         );
         return Err(rolled_back(what));
     }
+    if found.shards.len() < kept.shards.len() {
+        return Err(rolled_back(format!("the anchor knows more shards of Logstore {name}")));
+    }
     for (shard, (found, kept)) in found.shards.iter().zip(&kept.shards).enumerate() {
         if found == kept {
             continue;
@@ -93,7 +96,7 @@ fn check_logstore(core: &Core, name: &LogstoreName, found: &Entry, kept: &Entry)
             }
             Some(found) if found.ordinal > head.ordinal => {
                 let logstore = core.registry.logstore(name)?;
-                let Some(shard) = logstore.shards.get(shard) else { continue };
+                let Some(shard) = logstore.table().get(shard as u32).cloned() else { continue };
                 if !shard.agrees_with(head)? {
                     return Err(what("does not go on from what"));
                 }

@@ -103,12 +103,15 @@ fn bytes_under_key(
     version: u32,
     counted: &mut BytesUnderKey,
 ) -> Result<u64> {
-    if counted.version != version || counted.shards.len() != logstore.shards.len() {
+    let table = logstore.table();
+    if counted.version != version {
         counted.version = version;
-        counted.shards = vec![(0, 0); logstore.shards.len()];
+        counted.shards.clear();
     }
+    // A split adds shards.
+    counted.shards.resize(table.shards().len(), (0, 0));
     let mut total = 0;
-    for (shard, (next, bytes)) in logstore.shards.iter().zip(&mut counted.shards) {
+    for (shard, (next, bytes)) in table.shards().iter().zip(&mut counted.shards) {
         let mut ended = 0;
         let segments = shard.segments(false)?;
         let segments: Vec<_> =

@@ -23,6 +23,7 @@ use super::{
     removal::DeleteReport,
     repair::{self, StoreRepairReport},
     reserve::ReserveStatus,
+    resharding::{self, ShardMerge, ShardSplit},
     retention::{self, RetainOptions, RetentionReport, RetentionStatus},
     rewrap_all::{self, RewrapOptions, RewrapProgress, RewrapReport},
     service_rotation::{self, ServiceRotation},
@@ -133,6 +134,64 @@ impl Store {
         config: LogstoreConfig,
     ) -> Result<LogstoreConfig> {
         logstores::update(self.core(), name, config)
+    }
+
+    /// Splits a readwrite shard at the hash key `at`, or in the middle of its range. The shard
+    /// becomes read-only and keeps its data until retention drops it, and two new shards take its
+    /// range: the one with the higher number takes `at` and the keys above it. No number of a shard
+    /// is used twice. A crash leaves the shard as it was, or split.
+    ///
+    /// Appends go on: those for the range wait in the new shards meanwhile. Blocks until everything
+    /// that the shard has accepted is synced, and for a KMS call under a customer master key.
+    ///
+    /// # Errors
+    /// [`Error::ShardMissing`]; [`Error::ShardReadOnly`], which names the new shards, if the shard
+    /// was split or merged before; [`ConfigError::SplitKey`]; [`Error::TooMany`] beyond
+    /// [`SHARDS_MAX`](crate::limits::SHARDS_MAX) shards, those included that were split or merged;
+    /// [`Error::Revoked`] or [`Error::KmsUnreachable`] if the key may not be used. Nothing has
+    /// changed after an error. Appends to the range that did not wait for their outcome may have
+    /// failed with it.
+    ///
+    /// ```
+    /// # use envelog::{Store, crypto::RustCrypto, LogstoreSpec, Payload, AppendOptions, ShardChoice};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let store = Store::builder(dir.path().join("s"), dir.path().join("k"), RustCrypto::new()).create().unwrap();
+    /// let name = "app/events".parse()?;
+    /// let logstore = store.create_logstore(&name, LogstoreSpec::default())?;
+    /// let split = store.split_shard(&name, 0, Some(1 << 127))?;
+    /// assert_eq!((split.low.id, split.high.id), (1, 2));
+    /// let high = AppendOptions::default().shard(ShardChoice::HashKey(1 << 127));
+    /// assert_eq!(logstore.append(Payload::opaque("hello")?, &high)?.shard, 2);
+    /// # Ok::<(), envelog::Error>(())
+    /// ```
+    pub fn split_shard(
+        &self,
+        name: &LogstoreName,
+        shard: u32,
+        at: Option<u128>,
+    ) -> Result<ShardSplit> {
+        resharding::split(self.core(), name, shard, at)
+    }
+
+    /// Merges the readwrite shard `left` with the readwrite shard that has the range behind its own.
+    /// Both become read-only and keep their data until retention drops it, and a new shard takes
+    /// their ranges. Otherwise as [`Store::split_shard`].
+    ///
+    /// # Errors
+    /// [`ConfigError::NoNeighbour`]; otherwise as [`Store::split_shard`].
+    ///
+    /// ```
+    /// # use envelog::{Store, crypto::RustCrypto, LogstoreSpec};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let store = Store::builder(dir.path().join("s"), dir.path().join("k"), RustCrypto::new()).create().unwrap();
+    /// let name = "app/events".parse()?;
+    /// store.create_logstore(&name, LogstoreSpec::default().shard_count(2))?;
+    /// let merge = store.merge_shards(&name, 0)?;
+    /// assert_eq!((merge.right.id, merge.merged.parents), (1, vec![0, 1]));
+    /// # Ok::<(), envelog::Error>(())
+    /// ```
+    pub fn merge_shards(&self, name: &LogstoreName, left: u32) -> Result<ShardMerge> {
+        resharding::merge(self.core(), name, left)
     }
 
     /// Deletes a Logstore: its envelopes first, so that the rest of its data on the disk cannot be

@@ -496,7 +496,7 @@ fn under_each_key(
     // The writer of a shard under a customer's key may wait for the KMS. No segment is begun there
     // under keys that were replaced, because the shards are paused while the keys are replaced.
     let uses_kms = logstore.keys_section().is_some_and(|section| section.cmk.is_some());
-    for shard in &logstore.shards {
+    for shard in logstore.table().shards() {
         let segments = if uses_kms { shard.segments(true) } else { shard.settled_segments() };
         let counted = segments.and_then(|segments| {
             let last = segments.last().map(|last| last.ordinal);

@@ -100,7 +100,7 @@ fn repair_logstore(
     let (logstore, adopted) = open_with_any_metadata(core, name, options)?;
     let repaired = |adopted| MetadataRepair { logstore: name.clone(), adopted };
     report.metadata.extend(adopted.map(repaired));
-    for shard in 0..logstore.shards.len() as u32 {
+    for shard in 0..logstore.table().shards().len() as u32 {
         let repaired = repair_shard(core, name, shard, options)?;
         if repaired.segment.is_some() || !repaired.losses.is_empty() {
             report.shards.push(ShardRepair { logstore: name.clone(), report: repaired });
@@ -193,7 +193,7 @@ pub(super) fn repair_shard(
     let _borrowed = core.env.reserve.borrow();
     let (logstore, metadata) = open_with_any_metadata(core, name, options)?;
     let missing = || Error::ShardMissing { logstore: name.clone(), shard };
-    let shard = logstore.shards.get(shard as usize).ok_or_else(missing)?;
+    let shard = logstore.table().get(shard).cloned().ok_or_else(missing)?;
     let mut losses = Vec::new();
     loop {
         let found = shard.find_losses(options.accept_tampered)?;
@@ -202,7 +202,7 @@ pub(super) fn repair_shard(
         }
         // The name of a lost segment may have hidden others, which are found then.
         for found in found {
-            accept_loss(core, &logstore, shard, &found)?;
+            accept_loss(core, &logstore, &shard, &found)?;
             losses.push(AcceptedLoss::new(shard.id(), &found.loss));
         }
     }

@@ -185,7 +185,7 @@ pub(super) fn find_at_close<'a>(core: &'a Core, closing: &Closing<'_>) -> Excess
         }
         let generation = logstore.generation();
         let limits = Limits { generation, age: None, bytes_max: Some(bytes_max) };
-        for shard in &logstore.shards {
+        for shard in logstore.table().shards() {
             let found = is_over(core, shard, bytes_max).and_then(|is_over| {
                 let found = if is_over { find_excess(shard, limits)? } else { None };
                 if found.is_some() {
@@ -377,7 +377,7 @@ impl<'a> Run<'a> {
     /// Drops the oldest segments of each shard until it is within its limits.
     fn drop_excess(&mut self, logstore: &Arc<LogstoreShared>, limits: Limits) -> Result<()> {
         let _one_at_a_time = self.core.registry.remove_files();
-        for shard in &logstore.shards {
+        for shard in logstore.table().shards() {
             match find_excess(shard, limits)? {
                 Some(excess) => self.drop_segments(logstore, shard, limits, &excess)?,
                 None if shard.has_leftovers() => self.remove_leftovers_of(shard)?,
@@ -419,7 +419,8 @@ impl<'a> Run<'a> {
 
     fn remove_leftovers(&mut self, logstore: &LogstoreShared) -> Result<()> {
         let _one_at_a_time = self.core.registry.remove_files();
-        let mut shards = logstore.shards.iter().filter(|shard| shard.has_leftovers());
+        let table = logstore.table();
+        let mut shards = table.shards().iter().filter(|shard| shard.has_leftovers());
         shards.try_for_each(|shard| self.remove_leftovers_of(shard))
     }
 
@@ -461,7 +462,7 @@ impl<'a> Run<'a> {
             return Ok(());
         };
         let logstore = one.logstore()?;
-        for shard in &logstore.shards {
+        for shard in logstore.table().shards() {
             shard.settled_segments()?;
         }
         let unused = self.unused_versions(&logstore)?;
@@ -500,7 +501,7 @@ impl<'a> Run<'a> {
     /// Whether a Logstore has segments that are over its limits.
     fn has_excess(&self, logstore: &LogstoreShared, limits: Limits) -> Result<bool> {
         let _no_other_run = self.core.registry.remove_files();
-        for shard in &logstore.shards {
+        for shard in logstore.table().shards() {
             if find_excess(shard, limits)?.is_some() {
                 return Ok(true);
             }
@@ -601,7 +602,7 @@ fn unused_versions(logstore: &LogstoreShared) -> Result<BTreeSet<u32>> {
     }
     // Versions only grow along a shard, so its oldest segment alone often decides.
     let mut oldest = u32::MAX;
-    for shard in &logstore.shards {
+    for shard in logstore.table().shards() {
         if let Some(first) = shard.segments(true)?.iter().find(|segment| !segment.is_missing()) {
             // A segment that the catalogue does not know yet may be under any key.
             let Some(source) = shard.proved_key_source(first)? else { return none };
@@ -613,7 +614,7 @@ fn unused_versions(logstore: &LogstoreShared) -> Result<BTreeSet<u32>> {
         return none;
     }
     // A destroyed key is lost for ever, so every segment is checked.
-    for shard in &logstore.shards {
+    for shard in logstore.table().shards() {
         let segments = shard.segments(true)?;
         let is_gone = |one: &SegmentRef| one.is_missing() && shard.is_lost(one.ordinal);
         for segment in segments.iter().filter(|segment| !is_gone(segment)) {

@@ -213,13 +213,14 @@ fn end_shards(
         under_cmk.as_ref().is_some_and(|section| is_behind_the_keyring(section, shard))
     };
     // The writer of a shard under a customer's key may wait for the customer's KMS.
+    let table = logstore.table();
     let (behind, others): (Vec<_>, Vec<_>) =
-        logstore.shards.iter().partition(|shard| is_behind(shard));
+        table.shards().iter().partition(|shard| is_behind(shard));
     let left_open = end_older_segments(name, &others, newest, report)?;
     if logstore.keys_section().is_some_and(|section| section.cmk.is_none()) {
         renew_data_key(core, name, newest, report)?;
     }
-    let mut heads = Vec::with_capacity(logstore.shards.len());
+    let mut heads = Vec::with_capacity(table.shards().len());
     for shard in behind {
         heads.extend(shard.record().head.map(|head| (Arc::clone(shard), head)));
     }

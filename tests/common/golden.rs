@@ -24,7 +24,7 @@ use crate::common::{
 };
 
 /// Every golden store.
-pub(crate) const NAMES: [&str; 9] = [
+pub(crate) const NAMES: [&str; 10] = [
     "service-aes",
     "service-sm4",
     "byok-aes",
@@ -34,6 +34,7 @@ pub(crate) const NAMES: [&str; 9] = [
     "recovered",
     "unclean",
     "compressed",
+    "resharded",
 ];
 
 /// The store whose bytes depend on the versions of the compression libraries.
@@ -80,6 +81,7 @@ pub(crate) fn make(which: &str, dir: &Path) {
         "recovered" => maker.recovered(),
         "unclean" => maker.unclean(),
         COMPRESSED => maker.compressed(),
+        "resharded" => maker.resharded(),
         other => panic!("there is no golden store {other}"),
     }
     let listing = serde_json::to_string_pretty(&maker.expected).unwrap();
@@ -307,6 +309,22 @@ impl Maker {
         let store = self.builder(&self.store_dir()).open().unwrap();
         let logstore = store.logstore(&name("shop/orders")).unwrap();
         self.put(&logstore, 0, What::Group("after the crash", 1), Durability::Synced);
+        store.close().unwrap();
+    }
+
+    /// A shard that was split, and its children, which were merged.
+    fn resharded(&mut self) {
+        let store = self.create();
+        let conf = EncryptConf::service_key(EncryptType::Aes);
+        let logstore = store.create_logstore(&name("shop/orders"), spec(Some(conf), 1)).unwrap();
+        self.put(&logstore, 0, What::Group("before the split", 1), Durability::Synced);
+        store.split_shard(logstore.name(), 0, Some(0x40 << 120)).unwrap();
+        self.put(&logstore, 1, What::Group("a low key", 1), Durability::Synced);
+        self.put(&logstore, 2, What::Group("a high key", 1), Durability::Synced);
+        store.keys().rotate_data_key(logstore.name()).unwrap();
+        self.put(&logstore, 2, What::Opaque("the second data key"), Durability::Synced);
+        store.merge_shards(logstore.name(), 1).unwrap();
+        self.put(&logstore, 3, What::Group("after the merge", 1), Durability::Synced);
         store.close().unwrap();
     }
 

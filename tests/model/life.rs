@@ -19,7 +19,7 @@ use bytes::Bytes;
 use envelog::{
     AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec,
     Payload, Position, ReadMode, ReadOptions, Record, Result, ShardChoice, Store, Ticket,
-    admin::{Checkpoint, VerifyOptions},
+    admin::{Checkpoint, ShardStatus, VerifyOptions},
     error::ConfigError,
     inspect::BlockKind,
     io::Random,
@@ -47,6 +47,10 @@ pub(crate) enum Step {
     RotateDataKey(usize),
     Rewrap(usize),
     RotateServiceKey,
+    /// Splits a readwrite shard at this key, or in the middle if that is not in its range.
+    Split(usize, u32, u128),
+    /// Merges a readwrite shard with its neighbour.
+    Merge(usize, u32),
     Toggle(usize),
     Disable,
     Enable,
@@ -67,6 +71,20 @@ pub(crate) enum Step {
     Close,
     Kill,
     CutPower(Option<u64>),
+}
+
+/// A Logstore with that many shards is not split or merged any more.
+const SHARDS_ENOUGH: usize = 12;
+
+/// One of the readwrite shards.
+fn writable(logstore: &Logstore, pick: u32) -> u32 {
+    let shards = logstore.config().shards;
+    let shards: Vec<u32> = shards
+        .iter()
+        .filter(|shard| shard.status == ShardStatus::ReadWrite)
+        .map(|shard| shard.id)
+        .collect();
+    shards[pick as usize % shards.len()]
 }
 
 /// The known outcome of an append.
@@ -303,6 +321,7 @@ impl Life {
         as_group: bool,
     ) {
         let Some(shelf) = &self.shelves[n] else { return };
+        let shard = writable(&shelf.handle, shard);
         self.appended += 1;
         let text = format!("{} {}", self.appended, "abcdefgh".repeat(size / 8));
         let payload =
@@ -348,6 +367,63 @@ impl Life {
         });
         if let Some(ticket) = ticket {
             self.tickets.push((n, shard as usize, seq, durability, ticket));
+        }
+    }
+
+    /// Splits a readwrite shard at this key, or merges it with its neighbour. What the parents have
+    /// accepted is durable then, and they accept no more.
+    fn reshard(&mut self, n: usize, shard: u32, key: Option<u128>) {
+        let Some(shelf) = &self.shelves[n] else { return };
+        let shard = writable(&shelf.handle, shard);
+        let (store, name) = (self.store().clone(), shelf.handle.name().clone());
+        let config = shelf.handle.config();
+        if config.shards.len() >= SHARDS_ENOUGH {
+            return;
+        }
+        let (parents, children) = match key {
+            Some(key) => {
+                let owns = config.shards[shard as usize].owns(key);
+                let begins = config.shards[shard as usize].begin_key == format!("{key:032x}");
+                let at = Some(key).filter(|key| owns && !begins && *key < u128::MAX);
+                let split = store.split_shard(&name, shard, at);
+                let Some(split) = self.gated(n, split) else { return };
+                (vec![split.parent], vec![split.low, split.high])
+            }
+            None => {
+                let merge = store.merge_shards(&name, shard);
+                let end_key = &config.shards[shard as usize].end_key;
+                if *end_key == "f".repeat(32) {
+                    let refused = merge.unwrap_err();
+                    assert!(matches!(refused, Error::Config(ConfigError::NoNeighbour { .. })));
+                    return;
+                }
+                let Some(merge) = self.gated(n, merge) else { return };
+                (vec![merge.left, merge.right], vec![merge.merged])
+            }
+        };
+        let shelf = self.shelves[n].as_mut().unwrap();
+        for parent in parents {
+            let place = &mut shelf.shards[parent.id as usize];
+            place.recovered = true;
+            let kept = place.items.iter_mut().filter(|item| item.known != Known::Failed);
+            kept.for_each(|item| item.raise(Durability::Synced));
+            let options = AppendOptions::default().shard(ShardChoice::Shard(parent.id));
+            let refused = shelf.handle.append(record("late"), &options).unwrap_err();
+            let ids: Vec<u32> = children.iter().map(|child| child.id).collect();
+            assert!(matches!(refused, Error::ShardReadOnly { children, .. } if children == ids));
+        }
+        for child in children {
+            assert_eq!(child.id as usize, shelf.shards.len(), "no number is used twice");
+            shelf.shards.push(Shard::default());
+            let key = u128::from_str_radix(&child.begin_key, 16).unwrap();
+            let owner = shelf
+                .handle
+                .config()
+                .shards
+                .iter()
+                .find(|shard| shard.status == ShardStatus::ReadWrite && shard.owns(key))
+                .map(|shard| shard.id);
+            assert_eq!(owner, Some(child.id));
         }
     }
 
@@ -398,7 +474,8 @@ impl Life {
                 assert!(matches!(missing, Err(Error::LogstoreMissing(_))));
                 continue;
             }
-            for shard in 0..SHARDS {
+            let shards = self.shelves[n].as_ref().unwrap().shards.len();
+            for shard in 0..shards as u32 {
                 let found = self.records(n, shard);
                 let reading = self.reading.as_ref().unwrap();
                 let beside = reading
@@ -432,6 +509,7 @@ impl Life {
         limits: [Option<u64>; 2],
     ) {
         let Some(shelf) = &self.shelves[n] else { return };
+        let shard = shard % shelf.shards.len() as u32;
         let Some(all) = self.gated(n, self.records(n, shard)) else { return };
         let place = |(kind, index): (u8, usize)| match (kind, all.get(index % (all.len() + 1))) {
             (1, _) => (Position::End, all.len()),
@@ -656,6 +734,8 @@ impl Life {
                     assert!(matches!(refused, Err(Error::RetiredKeyVersion { .. })), "{refused:?}");
                 }
             }
+            Step::Split(n, shard, key) => self.reshard(n, shard, Some(key)),
+            Step::Merge(n, shard) => self.reshard(n, shard, None),
             Step::Toggle(n) => {
                 let Some(shelf) = &self.shelves[n] else { return };
                 let config = shelf.handle.config();

@@ -11,7 +11,8 @@ use std::{
 use bytes::Bytes;
 use envelog::{
     AppendOptions, Background, Compression, Durability, EncryptConf, EncryptType, Error, ErrorKind,
-    Logstore, LogstoreSpec, Payload, Record, ShardChoice, Store, StoreBuilder, StoreOptions,
+    Logstore, LogstoreConfig, LogstoreSpec, Payload, Record, ShardChoice, Store, StoreBuilder,
+    StoreOptions,
     admin::{Anchor, AnchorPlace, RepairOptions, ReplaceCmk, VerifyOptions},
     error::ConfigError,
     ids::StoreId,
@@ -26,7 +27,7 @@ use super::{
         elsewhere, group, millis, name, records, secs,
         sim::{Ledger, Recorded, SeededKms, SeededRandom, cmk},
     },
-    model::{Item, Outcome, Shelf, View, ensure},
+    model::{Item, Outcome, Range, Shelf, View, ensure},
 };
 
 /// The Logstores: AES under the service key in two shards; SM4 under a master key; one without
@@ -58,6 +59,10 @@ pub(crate) enum Step {
     /// the first envelope.
     Toggle(usize),
     ReplaceCmk(usize),
+    /// Splits the last readwrite shard in the middle.
+    Split(usize),
+    /// Merges the last two readwrite shards.
+    Merge(usize),
     /// Runs retention once with the smallest possible limit.
     Retain(usize),
     TimeToLive(usize),
@@ -254,6 +259,12 @@ fn shards(n: usize) -> usize {
     if n == 0 { 2 } else { 1 }
 }
 
+/// The numbers of the readwrite shards.
+fn writable(config: &LogstoreConfig) -> Vec<usize> {
+    let ranges = Range::of(config);
+    (0..ranges.len()).filter(|&id| ranges[id].is_writable).collect()
+}
+
 fn options() -> StoreOptions {
     let mut options = StoreOptions::default();
     options.background = Background::Manual;
@@ -289,6 +300,7 @@ impl Life {
             ttl_days: None,
             retention_bytes: None,
             key_versions: conf(n).iter().count(),
+            shards: Range::divide(shards(n)),
         };
         *life.shelves() =
             (0..NAMES.len()).map(|n| (NAMES[n], Shelf::absent(view(n), shards(n)))).collect();
@@ -385,6 +397,9 @@ impl Life {
         size: usize,
     ) -> Outcome {
         let Some(logstore) = self.handle(n)? else { return Ok(()) };
+        let writable = writable(&logstore.config());
+        let shard =
+            if writable.contains(&shard) { shard } else { writable[shard % writable.len()] };
         let mut tickets = Vec::new();
         for &durability in as_durable {
             let (payload, kind, bytes) = self.payload(n, durability, size);
@@ -471,7 +486,7 @@ impl Life {
         };
         let old = self.shelves()[NAMES[n]].views.clone();
         let new: Vec<View> = old.iter().map(changed).collect();
-        self.shelves().get_mut(NAMES[n]).unwrap().views.extend(new.clone());
+        self.shelves().get_mut(NAMES[n]).unwrap().may_become(&new);
         let done = operation(self.store.as_ref().unwrap());
         let mut shelves = self.shelves();
         let shelf = shelves.get_mut(NAMES[n]).unwrap();
@@ -500,6 +515,7 @@ impl Life {
                 ttl_days: config.ttl_days,
                 retention_bytes: config.retention_bytes,
                 key_versions: 0,
+                shards: Vec::new(),
             };
             change(&mut view);
             let View { encrypt_conf, ttl_days, retention_bytes, .. } = view;
@@ -521,6 +537,42 @@ impl Life {
             },
             applied,
         )
+    }
+
+    /// Splits the last readwrite shard, or merges the last two by their ranges. What they had
+    /// accepted is durable then.
+    fn reshard(&mut self, n: usize, splits: bool) -> Outcome {
+        let Some(logstore) = self.handle(n)? else { return Ok(()) };
+        let config = logstore.config();
+        let mut ids = writable(&config);
+        ids.sort_by_key(|&id| Range::of(&config)[id].begin);
+        let wanted = if splits { 1 } else { 2 };
+        if ids.len() < wanted || config.shards.len() >= SHARDS_ENOUGH {
+            return Ok(());
+        }
+        let first = ids[ids.len() - wanted];
+        let text = name(NAMES[n]);
+        self.change(
+            n,
+            |view| match splits {
+                true => view.split(first),
+                false => view.merge(first),
+            },
+            |store| match splits {
+                true => store.split_shard(&text, first as u32, None).map(|_| ()),
+                false => store.merge_shards(&text, first as u32).map(|_| ()),
+            },
+        )?;
+        let now = logstore.config();
+        for &parent in &ids[ids.len() - wanted..] {
+            if !writable(&now).contains(&parent) {
+                self.shelves().get_mut(NAMES[n]).unwrap().shards[parent].raise(Durability::Synced);
+            } else {
+                // Its segment may not be sealed, and the queue may have failed.
+                self.shelves().get_mut(NAMES[n]).unwrap().shards[parent].give_up_buffered();
+            }
+        }
+        Ok(())
     }
 
     fn retain(&mut self, n: usize) -> Outcome {
@@ -549,6 +601,7 @@ impl Life {
             encrypt_conf: conf.clone(),
             ttl_days: None,
             retention_bytes: None,
+            shards: Range::divide(shards(n)),
         };
         self.shelves()
             .insert(NAMES[n], Shelf { may_be: [true, true], ..Shelf::absent(view, shards(n)) });
@@ -582,7 +635,7 @@ impl Life {
 
     fn read(&mut self, n: usize) -> Outcome {
         let Some(logstore) = self.handle(n)? else { return Ok(()) };
-        for shard in 0..shards(n) {
+        for shard in 0..logstore.config().shards.len() {
             match records(&logstore, shard as u32) {
                 Ok(found) => {
                     self.settle(n, shard, &found, Durability::Written, Durability::Written)?
@@ -641,7 +694,7 @@ impl Life {
             }
             Step::Create(n) => self.create(n)?,
             Step::Append { to, shard, as_durable, size } => {
-                self.append(to, shard % shards(to), &as_durable, size)?
+                self.append(to, shard, &as_durable, size)?
             }
             Step::Read(n) => self.read(n)?,
             Step::Sync(n) => {
@@ -717,6 +770,8 @@ impl Life {
                 };
                 self.change(n, change, replace)?;
             }
+            Step::Split(n) => self.reshard(n, true)?,
+            Step::Merge(n) => self.reshard(n, false)?,
             Step::Retain(n) => self.retain(n)?,
             Step::TimeToLive(n) => {
                 if self.handle(n)?.is_some() {
@@ -782,7 +837,7 @@ impl Life {
                 }
                 self.reopen(Durability::Written)?;
             }
-            Step::TakeOver { to, shard, nth } => self.take_over(to, shard % shards(to), nth)?,
+            Step::TakeOver { to, shard, nth } => self.take_over(to, shard, nth)?,
             Step::Fenced => self.try_fenced()?,
             Step::AnchorFails { half } => {
                 self.trouble.anchor = true;
@@ -953,7 +1008,7 @@ impl Life {
         }
         for (n, text) in NAMES.into_iter().enumerate() {
             let Some(logstore) = self.handle(n)? else { continue };
-            for shard in 0..shards(n) {
+            for shard in writable(&logstore.config()) {
                 let status = logstore
                     .status()
                     .map_err(|error| format!("{} has no status: {error}", text))?;
@@ -1007,7 +1062,7 @@ impl Life {
         for n in (0..NAMES.len()).cycle().skip(how as usize % NAMES.len()).take(NAMES.len()) {
             let Some(logstore) = self.handle(n)? else { continue };
             if how % 4 == 3 {
-                for shard in 0..shards(n) {
+                for shard in writable(&logstore.config()) {
                     let options = RepairOptions::default();
                     let repaired = store.admin().repair(logstore.name(), shard as u32, &options);
                     repaired.map_err(|error| must("repair", error))?;
@@ -1055,7 +1110,7 @@ impl Life {
             }
             logstore.sync().map_err(|error| format!("{text} cannot be synced: {error}"))?;
             self.durable(n);
-            for shard in 0..shards(n) {
+            for shard in writable(&logstore.config()) {
                 self.append_one(n, shard, &logstore)?;
                 let found =
                     records(&logstore, shard as u32).map_err(|error| format!("{text}: {error}"))?;
@@ -1125,7 +1180,9 @@ impl Life {
             store.logstore(&name(NAMES[n])).map_err(|error| failed("does not open", error))?;
         let status = logstore.status().map_err(|error| failed("has no status", error))?;
         let config = logstore.config();
+        let (all, writable) = (config.shards.len(), writable(&config));
         let found = View {
+            shards: Range::of(&config),
             encrypt_conf: config.encrypt_conf,
             ttl_days: config.ttl_days,
             retention_bytes: config.retention_bytes,
@@ -1145,11 +1202,13 @@ impl Life {
         // After a power loss, the visible records are on the disk.
         let seen_stays =
             if survived == Durability::Synced { Durability::Synced } else { Durability::Written };
-        for shard in 0..shards(n) {
+        for shard in 0..all {
             let found = records(&logstore, shard as u32)
                 .map_err(|error| failed("cannot be read", error))?;
             self.settle(n, shard, &found, survived, seen_stays)?;
-            self.append_one(n, shard, &logstore)?;
+            if writable.contains(&shard) {
+                self.append_one(n, shard, &logstore)?;
+            }
             let found = records(&logstore, shard as u32)
                 .map_err(|error| failed("cannot be read on", error))?;
             self.settle(n, shard, &found, Durability::Synced, Durability::Synced)?;
@@ -1225,7 +1284,8 @@ impl Life {
                     continue;
                 }
             };
-            for (shard, model) in shelf.shards.iter().enumerate() {
+            let there = logstore.config().shards.len();
+            for (shard, model) in shelf.shards.iter().enumerate().take(there) {
                 let mut found = Vec::new();
                 let mut failed = false;
                 match logstore.read(shard as u32, &envelog::ReadOptions::default()) {
@@ -1261,6 +1321,9 @@ impl Life {
         Ok(())
     }
 }
+
+/// A Logstore with that many shards is not split or merged any more.
+const SHARDS_ENOUGH: usize = 10;
 
 /// Does not occur in any name, key or number. Short enough that compression does not split it.
 const CANARY: &str = "SECRET-canary-4711";

@@ -2,7 +2,9 @@
 //! may be.
 
 use bytes::Bytes;
-use envelog::{Durability, EncryptConf, Record, inspect::BlockKind};
+use envelog::{
+    Durability, EncryptConf, LogstoreConfig, Record, admin::ShardStatus, inspect::BlockKind,
+};
 
 /// `Err` describes a violation of a guarantee.
 pub(crate) type Outcome<T = ()> = Result<T, String>;
@@ -24,11 +26,71 @@ pub(crate) struct View {
     pub(crate) ttl_days: Option<u32>,
     pub(crate) retention_bytes: Option<u64>,
     pub(crate) key_versions: usize,
+    /// By their numbers.
+    pub(crate) shards: Vec<Range>,
+}
+
+/// The keys of a shard, up to `end`, and whether it is readwrite.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Range {
+    pub(crate) begin: u128,
+    pub(crate) end: u128,
+    pub(crate) is_writable: bool,
+}
+
+impl Range {
+    fn new(begin: u128, end: u128) -> Self {
+        Self { begin, end, is_writable: true }
+    }
+
+    /// The shards of a new Logstore; one or two.
+    pub(crate) fn divide(count: usize) -> Vec<Self> {
+        match count {
+            1 => vec![Self::new(0, u128::MAX)],
+            _ => vec![Self::new(0, 1 << 127), Self::new(1 << 127, u128::MAX)],
+        }
+    }
+
+    pub(crate) fn of(config: &LogstoreConfig) -> Vec<Self> {
+        let key = |text: &str| u128::from_str_radix(text, 16).unwrap();
+        let shards = config.shards.iter();
+        shards
+            .map(|shard| Self {
+                begin: key(&shard.begin_key),
+                end: key(&shard.end_key),
+                is_writable: shard.status == ShardStatus::ReadWrite,
+            })
+            .collect()
+    }
 }
 
 impl View {
     pub(crate) fn drops(&self) -> bool {
         self.ttl_days.is_some() || self.retention_bytes.is_some()
+    }
+
+    /// Splits a shard in the middle. A view in which it is not readwrite stays as it is: then the
+    /// store is in another one.
+    pub(crate) fn split(&mut self, shard: usize) {
+        let Some(Range { begin, end, .. }) = self.take(shard) else { return };
+        let middle = begin + (end - begin) / 2;
+        self.shards.extend([Range::new(begin, middle), Range::new(middle, end)]);
+    }
+
+    /// As [`View::split`]: merges a shard with the one behind it.
+    pub(crate) fn merge(&mut self, left: usize) {
+        let end = self.shards.get(left).filter(|left| left.is_writable).map(|left| left.end);
+        let is_next = |right: &Range| right.is_writable && Some(right.begin) == end;
+        let Some(right) = self.shards.iter().position(is_next) else { return };
+        if let (Some(left), Some(right)) = (self.take(left), self.take(right)) {
+            self.shards.push(Range::new(left.begin, right.end));
+        }
+    }
+
+    fn take(&mut self, shard: usize) -> Option<Range> {
+        let range = self.shards.get_mut(shard).filter(|range| range.is_writable)?;
+        range.is_writable = false;
+        Some(*range)
     }
 
     pub(crate) fn encrypts(&self) -> bool {
@@ -214,6 +276,15 @@ impl Shelf {
     pub(crate) fn absent(view: View, shards: usize) -> Self {
         let shards = vec![ShardModel::default(); shards];
         Self { may_be: [false, true], views: vec![view.clone()], current: view, shards }
+    }
+
+    /// A change that is under way may lead to one of these views.
+    pub(crate) fn may_become(&mut self, views: &[View]) {
+        self.views.extend(views.iter().cloned());
+        let shards = self.views.iter().map(|view| view.shards.len()).max().unwrap_or(0);
+        if self.shards.len() < shards {
+            self.shards.resize_with(shards, ShardModel::default);
+        }
     }
 
     /// Whether all new appends are encrypted, whichever outcome the last change had.

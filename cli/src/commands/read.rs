@@ -110,10 +110,26 @@ pub(crate) fn tail(setup: &Setup, args: &TailArgs) -> Result {
         }
         printer.flush()?;
         if idle {
+            // A split or a merge has added shards.
+            let next = followed.len() as u32;
+            if args.shard.is_none()
+                && let Some(reader) = new_shard(&logstore, next)?
+            {
+                followed.push((next, reader));
+                continue;
+            }
             // Check access here: without new records, reading does not detect a revocation.
             check_access(&logstore)?;
             output::wait_while_read(LOOK_EVERY)?;
         }
+    }
+}
+
+/// A reader of a shard, if there is one of that number by now.
+fn new_shard(logstore: &Logstore, shard: u32) -> Result<Option<Reader>> {
+    match logstore.read(shard, &ReadOptions::default().skip_lost(true)) {
+        Err(Error::ShardMissing { .. }) => Ok(None),
+        reader => Ok(Some(reader?)),
     }
 }
 

@@ -2,6 +2,7 @@
 to it, and stops when standard input ends."""
 import logging
 import sys
+import time
 
 from aliyun.log.consumer import ConsumerProcessorBase, ConsumerWorker, CursorPosition, LogHubConfig
 from sdk import endpoint, say, texts
@@ -17,7 +18,7 @@ class Processor(ConsumerProcessorBase):
 
     def process(self, groups, tracker):
         for text in texts(groups):
-            say('log', text)
+            say('log', text, time.monotonic_ns())
         tracker.save_check_point(True)
 
     def shutdown(self, tracker):

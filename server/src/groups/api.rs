@@ -7,15 +7,20 @@ use envelog::Logstore;
 use hyper::{Method, StatusCode};
 use serde_json::{Map, Value, json};
 
-use super::{CHECKPOINT_BYTES_MAX, Checkpoint, Document, Group, now_us, timeout_of};
+use super::{
+    CHECKPOINT_BYTES_MAX, Checkpoint, Document, Group, now_us,
+    readable::{self, Readable},
+    timeout_of,
+};
 use crate::{
     call::Call,
-    cursors::shard_of,
+    cursors::{Cursors, shard_of},
     error::{ApiError, Result},
     logstores::{json_object, text},
     names,
     response::Answer,
     service::Service,
+    shards::Shards,
 };
 
 /// The longest timeout of a group, in seconds.
@@ -133,13 +138,14 @@ fn heartbeat(
     names::check_consumer("consumer", consumer)?;
     let held: BTreeSet<u32> =
         serde_json::from_slice(body).map_err(|_| invalid("the body must be a list of shards"))?;
-    let shards: Vec<u32> = logstore.config().shards.iter().map(|shard| shard.id).collect();
-    let (now, timeout) = (service.groups.now(), timeout_of(&group.document()));
+    let document = group.document();
+    let readable = Readable::of(logstore, &document)?;
+    let (now, timeout) = (service.groups.now(), timeout_of(&document));
     let mut assignment = group.assignment();
     if !assignment.is_consumer(consumer) && assignment.consumers() >= CONSUMERS_MAX {
         return Err(ApiError::parameter(format!("the group has {CONSUMERS_MAX} consumers")));
     }
-    match assignment.heartbeat(now, timeout, consumer, &held, &shards) {
+    match assignment.heartbeat(now, timeout, consumer, &held, &readable) {
         // Always a list: without one the Python client asks again at once, and for ever.
         Ok(assigned) => Ok(Answer::json(&assigned)),
         Err(assign_error) => {
@@ -156,7 +162,7 @@ fn checkpoints(
     logstore: &Logstore,
     call: &Call,
 ) -> Result<Answer> {
-    let all: Vec<u32> = logstore.config().shards.iter().map(|shard| shard.id).collect();
+    let (all, cursors) = (Shards::of(logstore)?, Cursors::of(&logstore.config()));
     let wanted = match call.parameter("shard") {
         None => None,
         Some(text) => {
@@ -168,13 +174,17 @@ fn checkpoints(
     let mut assignment = group.assignment();
     assignment.expire(now, timeout);
     // Each shard has an entry: clients wait for the one of a shard that they own.
-    let entries: Vec<Value> = (all.iter())
+    let entries: Vec<Value> = (all.ids().iter())
         .filter(|shard| wanted.is_none_or(|wanted| wanted == **shard))
         .map(|shard| {
             let checkpoint = document.checkpoints.get(shard);
+            let cursor = match checkpoint {
+                Some(checkpoint) => checkpoint.cursor.clone(),
+                None => readable::begin(&all, *shard, &document, cursors),
+            };
             json!({
                 "shard": shard,
-                "checkpoint": checkpoint.map_or("", |it| &*it.cursor),
+                "checkpoint": cursor,
                 "updateTime": checkpoint.map_or(0, |it| it.updated_us),
                 "consumer": assignment.owner(*shard).unwrap_or_default(),
             })

@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use super::readable::{Readable, SILENCE};
+
 /// The consumer is not known, and reports shards: it was away for longer than the timeout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Unknown;
@@ -18,6 +20,14 @@ struct Owner {
     consumer: String,
     /// Whether the consumer has been told to give the shard up, by an answer that leaves it out.
     revoked: bool,
+    /// When the consumer was given the shard.
+    since: Duration,
+}
+
+impl Owner {
+    fn new(consumer: &str, since: Duration) -> Self {
+        Self { consumer: consumer.to_owned(), revoked: false, since }
+    }
 }
 
 /// The consumers of a group, and the owners of its shards. Times are those of a clock that only
@@ -52,15 +62,16 @@ impl Assignment {
     }
 
     /// Takes a heartbeat of `consumer` that reports the shards `held`, and returns the shards that
-    /// it shall read. `shards` are all there are.
+    /// it shall read.
     pub(crate) fn heartbeat(
         &mut self,
         now: Duration,
         timeout: Duration,
         consumer: &str,
         held: &BTreeSet<u32>,
-        shards: &[u32],
+        readable: &Readable,
     ) -> Result<Vec<u32>, Unknown> {
+        let shards = &readable.shards[..];
         self.expire(now, timeout);
         self.owners.retain(|shard, _| shards.contains(shard));
         let recovering = self.recovering_until.is_some_and(|until| now < until);
@@ -68,10 +79,11 @@ impl Assignment {
             return Err(Unknown);
         }
         self.consumers.insert(consumer.to_owned(), now);
-        self.take_report(consumer, held, shards);
+        self.take_report(now, consumer, held, shards);
+        self.revoke_finished(now, consumer, readable);
         self.revoke_surplus(consumer, shards.len());
         if !recovering {
-            self.fill_up(consumer, shards);
+            self.fill_up(now, consumer, shards);
         }
         let is_assigned = |owner: &Owner| owner.consumer == consumer && !owner.revoked;
         Ok(self.owners.iter().filter(|(_, owner)| is_assigned(owner)).map(|(id, _)| *id).collect())
@@ -85,14 +97,13 @@ impl Assignment {
         self.owners.retain(|_, owner| consumers.contains_key(&owner.consumer));
     }
 
-    fn take_report(&mut self, consumer: &str, held: &BTreeSet<u32>, shards: &[u32]) {
+    fn take_report(&mut self, now: Duration, consumer: &str, held: &BTreeSet<u32>, shards: &[u32]) {
         // A report may be one answer behind, so it gives up revoked shards only.
         self.owners.retain(|shard, owner| {
             owner.consumer != consumer || !owner.revoked || held.contains(shard)
         });
         for shard in held.iter().filter(|shard| shards.contains(shard)) {
-            let owner = || Owner { consumer: consumer.to_owned(), revoked: false };
-            self.owners.entry(*shard).or_insert_with(owner);
+            self.owners.entry(*shard).or_insert_with(|| Owner::new(consumer, now));
         }
     }
 
@@ -119,12 +130,24 @@ impl Assignment {
         kept.take(surplus).for_each(|owner| owner.revoked = true);
     }
 
-    fn fill_up(&mut self, consumer: &str, shards: &[u32]) {
+    /// Has the consumer give up the read-only shards that it may have read to their ends without
+    /// saying so: it saves a checkpoint when it gives a shard up, and may have saved none because
+    /// the shard had nothing for it. If it has not finished, it gets the shard again.
+    fn revoke_finished(&mut self, now: Duration, consumer: &str, readable: &Readable) {
+        for (shard, owner) in &mut self.owners {
+            let long = now.saturating_sub(owner.since) > SILENCE;
+            if owner.consumer == consumer && long && readable.silent.contains(shard) {
+                owner.revoked = true;
+            }
+        }
+    }
+
+    fn fill_up(&mut self, now: Duration, consumer: &str, shards: &[u32]) {
         let wanted = self.share(consumer, shards.len()).saturating_sub(self.count(consumer));
         let free: Vec<u32> =
             shards.iter().filter(|shard| !self.owners.contains_key(shard)).copied().collect();
         for shard in free.into_iter().take(wanted) {
-            self.owners.insert(shard, Owner { consumer: consumer.to_owned(), revoked: false });
+            self.owners.insert(shard, Owner::new(consumer, now));
         }
     }
 }
@@ -140,6 +163,10 @@ mod tests {
     const TIMEOUT: Duration = Duration::from_secs(10);
     const NONE: [u32; 0] = [];
 
+    fn readable(shards: u32) -> Readable {
+        Readable { shards: (0..shards).collect(), silent: BTreeSet::new() }
+    }
+
     fn beat(
         assignment: &mut Assignment,
         at_s: u64,
@@ -147,8 +174,8 @@ mod tests {
         held: &[u32],
         shards: u32,
     ) -> Result<Vec<u32>, Unknown> {
-        let (held, shards) = (held.iter().copied().collect(), (0..shards).collect::<Vec<_>>());
-        assignment.heartbeat(Duration::from_secs(at_s), TIMEOUT, consumer, &held, &shards)
+        let (held, readable) = (held.iter().copied().collect(), readable(shards));
+        assignment.heartbeat(Duration::from_secs(at_s), TIMEOUT, consumer, &held, &readable)
     }
 
     #[test]
@@ -189,6 +216,26 @@ mod tests {
         assert_eq!(beat(&mut it, 11, "late", &[2], 3), Err(Unknown));
     }
 
+    #[test]
+    fn the_owner_of_a_silent_shard_gives_it_up_and_gets_it_again() {
+        let mut it = Assignment::default();
+        let mut beat = |at_s, held: &[u32], silent: &[u32]| {
+            let silent = silent.iter().copied().collect();
+            let readable = Readable { silent, ..readable(2) };
+            let held = held.iter().copied().collect();
+            it.heartbeat(Duration::from_secs(at_s), TIMEOUT, "a", &held, &readable).unwrap()
+        };
+        let late = SILENCE.as_secs() + 5;
+        for at_s in (0..late).step_by(5) {
+            assert_eq!(beat(at_s, &[0, 1], &[0]), [0, 1], "{at_s}");
+        }
+        assert_eq!(beat(late, &[0, 1], &[0]), [1]);
+        assert_eq!(beat(late + 1, &[0, 1], &[0]), [1]);
+        // It has saved no checkpoint at the end, so there is something left to read.
+        assert_eq!(beat(late + 2, &[1], &[0]), [0, 1]);
+        assert_eq!(beat(late + 7, &[0, 1], &[0]), [0, 1]);
+    }
+
     /// A consumer as the libraries behave: it gives up a shard that an answer leaves out some
     /// heartbeats later, and reports a shard until then.
     #[derive(Clone, Debug, Default)]
@@ -201,9 +248,8 @@ mod tests {
     impl Simulated {
         fn beat(&mut self, it: &mut Assignment, now_s: u64, name: &str, shards: u32, delay: u32) {
             let held: BTreeSet<u32> = self.holds();
-            let ids: Vec<u32> = (0..shards).collect();
             let now = Duration::from_secs(now_s);
-            match it.heartbeat(now, TIMEOUT, name, &held, &ids) {
+            match it.heartbeat(now, TIMEOUT, name, &held, &readable(shards)) {
                 Err(Unknown) => *self = Self::default(),
                 Ok(assigned) => {
                     let assigned: BTreeSet<u32> = assigned.into_iter().collect();

@@ -4,6 +4,7 @@
 mod api;
 mod assign;
 mod progress;
+mod readable;
 
 pub(crate) use api::route;
 pub(crate) use progress::{GroupProgress, ShardProgress};
@@ -14,11 +15,13 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use envelog::Logstore;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use self::assign::Assignment;
 use crate::{
+    cursors::Cursors,
     error::{ApiError, Result},
     projects::OpenError,
     state::StateDir,
@@ -35,8 +38,7 @@ const CHECKPOINT_BYTES_MAX: usize = 1024;
 struct Document {
     name: String,
     timeout_s: f64,
-    /// Whether a child of a split shard is read after its parents. Kept for clients: shards are not
-    /// split.
+    /// Whether a shard is read only after those from which it was split or merged.
     order: bool,
     /// By shard.
     checkpoints: BTreeMap<u32, Checkpoint>,
@@ -174,6 +176,26 @@ impl Groups {
         }
         let mut groups = self.by_logstore.write().unwrap_or_else(PoisonError::into_inner);
         groups.entry(logstore.to_owned()).or_default().remove(name);
+        Ok(())
+    }
+
+    /// A split or a merge has made these shards: a consumer begins with their first groups, also if
+    /// it is to begin at the end of shards that it does not know. Blocks for file I/O.
+    pub(crate) fn add_shards(&self, logstore: &Logstore, shards: &[u32]) -> Result<()> {
+        let begin = Cursors::of(&logstore.config()).text(0);
+        for group in self.list(&logstore.id().to_string()) {
+            let added = group.change(|document| {
+                for shard in shards {
+                    let checkpoint = || Checkpoint { cursor: begin.clone(), updated_us: now_us() };
+                    document.checkpoints.entry(*shard).or_insert_with(checkpoint);
+                }
+            });
+            match added {
+                // It was deleted meanwhile.
+                Err(error) if error.status == hyper::StatusCode::NOT_FOUND => {}
+                added => added?,
+            }
+        }
         Ok(())
     }
 

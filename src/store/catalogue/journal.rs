@@ -296,7 +296,7 @@ impl Journal {
     /// # Errors
     /// As [`Journal::commit`].
     pub(crate) fn replace(&self, catalogue: Catalogue) -> Result<()> {
-        self.begin_with(|| catalogue)
+        self.begin_with(|| Ok(catalogue))
     }
 
     /// Writes the unchanged catalogue in a new file, under the newest version of the service key.
@@ -304,20 +304,40 @@ impl Journal {
     /// # Errors
     /// As [`Journal::commit`].
     pub(crate) fn rewrite(&self) -> Result<()> {
-        self.begin_with(|| self.now().clone())
+        self.begin_with(|| Ok(self.now().clone()))
+    }
+
+    /// Changes the catalogue, in a new file: for changes that no record has.
+    ///
+    /// # Errors
+    /// As [`Journal::commit`]; [`Error::InvalidArgument`] with the rule that the change breaks.
+    pub(crate) fn rewrite_with(
+        &self,
+        change: impl FnOnce(&mut Catalogue) -> Result<(), &'static str>,
+    ) -> Result<()> {
+        self.begin_with(|| {
+            let mut catalogue = self.now().clone();
+            // A record would have this number.
+            catalogue.generation += 1;
+            change(&mut catalogue).map_err(|rule| Error::InvalidArgument(rule.to_owned()))?;
+            Ok(catalogue)
+        })
     }
 
     /// Becomes the leader, and writes a new file. Calls `contents` as the leader, because another
     /// leader may change the catalogue before.
-    fn begin_with(&self, contents: impl FnOnce() -> Catalogue) -> Result<()> {
+    fn begin_with(&self, contents: impl FnOnce() -> Result<Catalogue>) -> Result<()> {
         let mut queue = lock(&self.queue);
         while queue.leading {
             queue = wait(&self.done, queue);
         }
         queue.leading = true;
         drop(queue);
-        let catalogue = contents();
-        let written = self.write_snapshot(&catalogue).map(|()| *write(&self.catalogue) = catalogue);
+        let written = contents().and_then(|catalogue| {
+            self.write_snapshot(&catalogue)?;
+            *write(&self.catalogue) = catalogue;
+            Ok(())
+        });
         if written.is_ok() {
             self.feed_anchor();
         }

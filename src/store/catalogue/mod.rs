@@ -255,6 +255,23 @@ impl Catalogue {
         Ok(())
     }
 
+    /// Adds shards without a segment to a Logstore.
+    ///
+    /// # Errors
+    /// The rule of the format that the shards would break.
+    pub(crate) fn add_shards(
+        &mut self,
+        name: &LogstoreName,
+        id: LogstoreId,
+        count: usize,
+    ) -> std::result::Result<(), &'static str> {
+        self.entry(name, id)?;
+        if let Some(entry) = self.logstores.get_mut(name) {
+            entry.shards.resize_with(entry.shards.len() + count, ShardRecord::default);
+        }
+        self.check()
+    }
+
     fn entry(
         &self,
         name: &LogstoreName,

@@ -129,7 +129,7 @@ impl Reached {
     /// segments are damage too: the digests of a head cover them.
     fn heads_of(&mut self, logstore: &LogstoreShared) -> Result<Heads> {
         let (mut heads, mut damaged) = (Heads::new(), None);
-        for shard in &logstore.shards {
+        for shard in logstore.table().shards() {
             heads.push(match shard.checkpoint() {
                 Err(error) if error.kind() == ErrorKind::Integrity => {
                     damaged.get_or_insert(error);
@@ -162,7 +162,7 @@ pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
         let (name, id) = (&logstore.name, logstore.id);
         if registry.entry(name).is_ok_and(|entry| entry.id == id) {
             let mut shards = Vec::new();
-            for (shard, head) in logstore.shards.iter().zip(heads) {
+            for (shard, head) in logstore.table().shards().iter().zip(heads) {
                 let change = |head: &Head| Change::reached(name, id, shard.id(), head.clone());
                 reached.extend(head.as_ref().map(change));
                 if !env.read_only

@@ -255,7 +255,7 @@ impl Verification<'_> {
                 self.keys(logstore, &section, on_disk.as_deref())?;
             }
         }
-        for (index, shard) in logstore.shards.iter().enumerate() {
+        for (index, shard) in logstore.table().shards().iter().enumerate() {
             let record = expected.and_then(|expected| expected.shards.get(index));
             self.shard(name, shard, record)?;
         }
@@ -544,7 +544,7 @@ pub(in crate::store) fn verify(
 /// The bytes on disk of all segments of a Logstore.
 fn segment_bytes(core: &Core, logstore: &LogstoreShared) -> Result<u64> {
     let mut bytes = 0;
-    for shard in &logstore.shards {
+    for shard in logstore.table().shards() {
         let segments = shard.segments(true).unwrap_or_default();
         for segment in segments.iter().filter(|segment| !segment.is_missing()) {
             let stat =

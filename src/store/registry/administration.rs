@@ -20,7 +20,7 @@ use crate::{
         gate::GateKeys,
         lease::{Lease, LeaseListener},
     },
-    logstore::{LogstoreShared, Meta, remove_older_meta},
+    logstore::{LogstoreShared, Meta, ShardTable, remove_older_meta},
     shard::Paused,
     store::catalogue::{Catalogue, Change, Entry},
     sync::{MutexGuard, NamedGuard, lock},
@@ -148,17 +148,47 @@ impl<'a> Administration<'a> {
     /// # Errors
     /// The error of the write or the sync. The administration latches if the catalogue cannot be
     /// written again without the changes.
-    pub(crate) fn commit(&mut self, mut changes: Vec<Change>) -> Result<()> {
+    pub(crate) fn commit(&mut self, changes: Vec<Change>) -> Result<()> {
         self.unlatch()?;
+        let changes = self.with_audit_head(changes);
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let committed = self.registry.catalogue.commit(changes);
+        self.latch_if_failed(committed)
+    }
+
+    /// As [`Administration::commit`], and adds `shards` shards to a Logstore. Writes the catalogue
+    /// in a new file.
+    ///
+    /// # Errors
+    /// As [`Administration::commit`].
+    pub(super) fn commit_shards(
+        &mut self,
+        logstore: &LogstoreShared,
+        changes: Vec<Change>,
+        shards: usize,
+    ) -> Result<()> {
+        self.unlatch()?;
+        let changes = self.with_audit_head(changes);
+        let grow = |catalogue: &mut Catalogue| {
+            changes.iter().try_for_each(|change| catalogue.apply(change))?;
+            catalogue.add_shards(&logstore.name, logstore.id, shards)
+        };
+        let committed = self.registry.catalogue.rewrite_with(grow);
+        self.latch_if_failed(committed)
+    }
+
+    fn with_audit_head(&self, mut changes: Vec<Change>) -> Vec<Change> {
         let known = self.registry.catalogue().audit.clone();
         let audit = self.registry.keys.audit().head_after(&known);
         if audit != known {
             changes.push(Change::Audited(audit));
         }
-        if changes.is_empty() {
-            return Ok(());
-        }
-        let committed = self.registry.catalogue.commit(changes);
+        changes
+    }
+
+    fn latch_if_failed(&mut self, committed: Result<()>) -> Result<()> {
         committed.inspect_err(|error| {
             self.latch(error.clone());
             let _ = self.unlatch();
@@ -232,7 +262,7 @@ impl<'a> Administration<'a> {
 /// rotation changes no content of the metadata, but authenticates it under another version, which
 /// is another generation.
 pub(crate) struct LogstoreAdministration<'a> {
-    registry: &'a Registry,
+    pub(super) registry: &'a Registry,
     name: LogstoreName,
     _one_at_a_time: NamedGuard<'a, LogstoreName>,
 }
@@ -291,7 +321,8 @@ impl<'a> LogstoreAdministration<'a> {
         data_key: Option<&SecretKey>,
         and_then: impl FnOnce(&mut Administration<'_>) -> Result<()>,
     ) -> Result<()> {
-        let paused = pause_for_new_key(logstore, &mut meta);
+        let table = logstore.table();
+        let paused = pause_for_new_key(logstore, &table, &mut meta);
         let (paused, mut changes) = paused.map_err(|error| self.registry.cause(logstore, error))?;
         let mut admin = self.registry.administer()?;
         admin.unlatch()?;
@@ -366,7 +397,8 @@ impl SavedMeta {
 /// older key adds nothing behind these heads. Returns nothing if the data key stays. May call the
 /// KMS.
 fn pause_for_new_key<'a>(
-    logstore: &'a LogstoreShared,
+    logstore: &LogstoreShared,
+    table: &'a ShardTable,
     meta: &mut Meta,
 ) -> Result<(Vec<Paused<'a>>, Vec<Change>)> {
     let before = logstore.keys_section();
@@ -375,10 +407,9 @@ fn pause_for_new_key<'a>(
         return Ok(Default::default());
     }
     if before.is_some() {
-        end_segments(logstore)?;
+        end_segments(table)?;
     }
-    let paused: Vec<_> =
-        logstore.shards.iter().map(|shard| shard.pause()).collect::<Result<_>>()?;
+    let paused: Vec<_> = table.shards().iter().map(|shard| shard.pause()).collect::<Result<_>>()?;
     if let Some(newest) = section.versions.last_mut() {
         newest.ordinals = paused.iter().map(Paused::next_ordinal).collect::<Result<_>>()?;
     }
@@ -394,8 +425,8 @@ fn pause_for_new_key<'a>(
 /// # Errors
 /// A damaged shard must be repaired first: an open segment would let the older key add blocks to
 /// it.
-fn end_segments(logstore: &LogstoreShared) -> Result<()> {
-    logstore.shards.iter().try_for_each(|shard| shard.end_segment_if(|_| true).map(drop))
+fn end_segments(table: &ShardTable) -> Result<()> {
+    table.shards().iter().try_for_each(|shard| shard.end_segment_if(|_| true).map(drop))
 }
 
 /// Puts changed keys into the gate of a Logstore. Returns their leases, which the caller passes to

@@ -62,8 +62,8 @@ impl Registry {
             let open = lock(&self.open).get(name).cloned();
             if let Some(open) = &open {
                 if open.id == entry.id {
-                    let leases = self.take_in(open, meta, keys)?;
-                    for (shard, record) in open.shards.iter().zip(&entry.shards) {
+                    let leases = self.take_in(open, meta, &entry, keys)?;
+                    for (shard, record) in open.table().shards().iter().zip(&entry.shards) {
                         shard.set_record(record.clone());
                     }
                     drop(admin);
@@ -144,7 +144,7 @@ impl Registry {
                 logstore.close_gate("the Logstore");
                 return Err(Error::Closed("the Logstore"));
             }
-            let leases = self.take_in(logstore, meta, keys)?;
+            let leases = self.take_in(logstore, meta, &entry, keys)?;
             drop(admin);
             hear_of_loss(logstore, &leases);
             return Ok(());
@@ -157,6 +157,7 @@ impl Registry {
         &self,
         logstore: &Arc<LogstoreShared>,
         meta: Meta,
+        entry: &Entry,
         keys: GateKeys,
     ) -> Result<Vec<Arc<Lease>>> {
         let known = logstore.generation();
@@ -172,7 +173,11 @@ impl Registry {
         }
         let changed = logstore.keys_section().as_deref() != meta.keys.as_ref();
         let leases = if changed { use_keys(logstore, keys) } else { Vec::new() };
+        let table = logstore.changed_table(&meta.config.shards, &entry.shards);
         logstore.set_meta(meta, self.keys.keyring().newest());
+        logstore.put_table(Arc::clone(&table));
+        // The files of a read-only shard were complete before the catalogue named this metadata.
+        logstore.end_read_only(&table);
         Ok(leases)
     }
 }

@@ -3,6 +3,7 @@
 mod administration;
 mod follow;
 mod open;
+mod resharding;
 mod service_key;
 
 use std::{
@@ -299,7 +300,7 @@ impl Registry {
     pub(crate) fn record_heads(&self) -> Result<()> {
         let mut heads = Vec::new();
         for logstore in self.open_logstores() {
-            for shard in &logstore.shards {
+            for shard in logstore.table().shards() {
                 heads.extend(
                     shard
                         .take_reached()
@@ -383,7 +384,7 @@ impl Registry {
                 self.keys.audit().record_omitted();
             }
             for logstore in self.open_logstores() {
-                for shard in &logstore.shards {
+                for shard in logstore.table().shards() {
                     match shard.close() {
                         Ok(Some(head)) => heads.push(Change::reached(
                             &logstore.name,
