@@ -1,6 +1,7 @@
 //! `envelog`: the command line of the encrypted log storage engine.
 
 mod args;
+mod call;
 mod commands;
 mod exit;
 mod input;
@@ -8,6 +9,7 @@ mod interrupt;
 mod lines;
 mod output;
 mod record;
+mod remote;
 mod settings;
 mod setup;
 mod values;

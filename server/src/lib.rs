@@ -23,11 +23,14 @@
 
 #![deny(missing_docs, unsafe_code)]
 
+mod admin;
 mod api;
 mod auth;
 mod call;
+pub mod client;
 mod compression;
 mod cursors;
+mod encryption;
 mod error;
 mod groups;
 mod http;
@@ -45,6 +48,7 @@ mod service;
 mod state;
 mod tls;
 
+pub use admin::{AdminCommand, AdminOutput, Administration};
 pub use auth::KeysError;
 pub use server::{ServeError, Server, ServerBuilder};
 pub use state::StateError;

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use envelog::Store;
@@ -25,6 +25,7 @@ use tokio::{
 use tokio_io_timeout::TimeoutStream;
 
 use crate::{
+    admin::{Admin, Administration},
     auth::{AccessKeys, KeysError},
     groups::Groups,
     http,
@@ -101,6 +102,7 @@ pub struct ServerBuilder {
     memory_max: usize,
     connections_max: usize,
     drain: Duration,
+    administration: Option<Arc<dyn Administration>>,
 }
 
 impl ServerBuilder {
@@ -170,6 +172,14 @@ impl ServerBuilder {
     #[must_use]
     pub fn drain(mut self, time: Duration) -> Self {
         self.drain = time;
+        self
+    }
+
+    /// The administrative commands that callers with the permission may send to `POST /admin`. By
+    /// default there are none.
+    #[must_use]
+    pub fn administration(mut self, commands: Arc<dyn Administration>) -> Self {
+        self.administration = Some(commands);
         self
     }
 
@@ -248,6 +258,7 @@ impl Server {
             memory_max: 256 << 20,
             connections_max: 16_384,
             drain: Duration::from_secs(30),
+            administration: None,
         }
     }
 
@@ -325,6 +336,7 @@ fn open(
         groups,
         memory: Budget::new(settings.memory_max),
         counters: Counters::default(),
+        admin: Admin::new(settings.administration.clone(), SystemTime::now()),
         stopping,
         open: OpenLogstores::default(),
     })

@@ -12,6 +12,7 @@ use tokio::{
 };
 
 use crate::{
+    admin::Admin,
     auth::AccessKeys,
     error::{ApiError, Result},
     groups::Groups,
@@ -37,6 +38,7 @@ pub(crate) struct Service {
     pub(crate) groups: Groups,
     pub(crate) memory: Budget,
     pub(crate) counters: Counters,
+    pub(crate) admin: Admin,
     /// Becomes true when the service is to stop.
     pub(crate) stopping: watch::Receiver<bool>,
     pub(crate) open: OpenLogstores,
