@@ -77,8 +77,7 @@ pub(crate) struct Global {
     /// variables ENVELOG_ACCESS_KEY_ID and ENVELOG_ACCESS_KEY_SECRET have them
     #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) access_key: Option<PathBuf>,
-    /// The certificates, in PEM, that --endpoint must have one of at the root of its own [default:
-    /// those of the system]
+    /// Trust the authorities in this PEM file for --endpoint, and not those of the system
     #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) ca: Option<PathBuf>,
     /// Print results and errors as JSON

@@ -683,7 +683,10 @@ mod tests {
                 Some((help, default)) => (help, default.trim_end_matches(']')),
                 None if is_switch(arg) => (help.as_str(), "false"),
                 None if matches!(arg.get_action(), ArgAction::Count) => (help.as_str(), "0"),
-                None => (help.as_str(), NONE),
+                None => {
+                    let default = arg.get_default_values().first().and_then(|it| it.to_str());
+                    (help.as_str(), default.unwrap_or(NONE))
+                }
             };
             let limits = StoreSetting::find(name).map_or("", |setting| setting.limits);
             let help = help.strip_suffix(&format!(" ({limits})")).unwrap_or(help);
