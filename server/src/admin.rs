@@ -12,7 +12,7 @@ use envelog::{Error, LogstoreName, Store};
 use tokio::{
     sync::{Semaphore, mpsc},
     task::{JoinHandle, spawn_blocking},
-    time::interval,
+    time::{interval, sleep},
 };
 
 use crate::{
@@ -33,6 +33,9 @@ const LINES_MAX: usize = 64;
 const ALIVE_EVERY: Duration = Duration::from_secs(10);
 /// The signatures that are remembered. Older ones are forgotten once they are too old to be valid.
 const SIGNATURES_MAX: usize = 10_000;
+/// How far the time of a signature may be ahead of the clock, in seconds.
+const AHEAD_MAX_S: u64 = 5;
+const NONCE_BYTES_MIN: usize = 16;
 
 /// The administrative commands of the program that serves; for
 /// [`ServerBuilder::administration`](crate::ServerBuilder::administration).
@@ -90,9 +93,9 @@ pub(crate) struct Admin {
 }
 
 impl Admin {
-    pub(crate) fn new(commands: Option<Arc<dyn Administration>>, now: SystemTime) -> Self {
+    pub(crate) fn new(commands: Option<Arc<dyn Administration>>, began: SystemTime) -> Self {
         let running = Arc::new(Semaphore::new(COMMANDS_MAX));
-        Self { commands, running, once: Once::new(seconds(now)) }
+        Self { commands, running, once: Once::new(seconds(began)) }
     }
 }
 
@@ -133,7 +136,9 @@ pub(crate) async fn begin(
         ApiError::busy(format!("{COMMANDS_MAX} administrative commands are under way already"))
     })?;
     // Last of all, since the same request may not come again.
-    admin.once.admit(call, SystemTime::now())?;
+    let signed = Once::signed(call)?;
+    sleep(signed.ahead(SystemTime::now())?).await;
+    admin.once.admit(signed, SystemTime::now())?;
     let what = format!("access key {}: {}", caller.id(), command.describe());
     tracing::info!(what, "administrative command");
     let store = service.store.clone();
@@ -176,13 +181,36 @@ fn forget_if_deleted(service: &Service, logstore: Option<&LogstoreName>) {
     }
 }
 
-/// Admits each signed request once.
+/// Admits each signed request once: those of this process are remembered while they are valid, and
+/// none is admitted that an earlier process may have admitted.
 #[derive(Debug)]
 struct Once {
-    /// A request from before that may have been admitted by an earlier process.
     began_s: i64,
-    /// The signatures that were admitted, with their times.
-    seen: Mutex<Vec<(i64, Vec<u8>)>>,
+    /// The requests that were admitted.
+    seen: Mutex<Vec<SignedOnce>>,
+}
+
+/// The signature of a request, with its time in seconds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct SignedOnce {
+    at_s: i64,
+    signature: Vec<u8>,
+}
+
+impl SignedOnce {
+    /// How long until the time of the signature has come. Before that, no request is admitted: a
+    /// process that begins then could not know it.
+    ///
+    /// # Errors
+    /// 400 for more than a few seconds.
+    fn ahead(&self, now: SystemTime) -> Result<Duration> {
+        let ahead = u64::try_from(self.at_s.saturating_sub(seconds(now))).unwrap_or(0);
+        if ahead <= AHEAD_MAX_S {
+            return Ok(Duration::from_secs(ahead));
+        }
+        let message = "the time of the request has not come: check the clock";
+        Err(ApiError::bad("RequestTimeTooSkewed", message))
+    }
 }
 
 impl Once {
@@ -191,31 +219,37 @@ impl Once {
     }
 
     /// # Errors
-    /// 401 for a request that has come before, or that has no signature of version 4: that one
-    /// covers every header of the service, and so a random one.
-    fn admit(&self, call: &Call, now: SystemTime) -> Result<()> {
+    /// 401 for a request without a signature of version 4, which covers every header of the
+    /// service, or without a random one among these.
+    fn signed(call: &Call) -> Result<SignedOnce> {
         let refused = |message: &str| Err(ApiError::unauthorized("Unauthorized", message));
-        let Some((signed_s, signature)) = Signed::of(call)?.of_version_4() else {
+        let Some((at_s, signature)) = Signed::of(call)?.of_version_4() else {
             return refused("administration needs a signature of version 4");
         };
-        if call.header("x-log-nonce").is_none_or(|nonce| nonce.len() < 16) {
+        if call.header("x-log-nonce").is_none_or(|nonce| nonce.len() < NONCE_BYTES_MIN) {
             return refused("administration needs a random x-log-nonce in the signed headers");
         }
-        if signed_s < self.began_s {
-            let message = "the request was signed before the service started: sign it again, or \
-                           check the clock";
-            return Err(ApiError::bad("RequestTimeTooSkewed", message));
+        Ok(SignedOnce { at_s, signature })
+    }
+
+    /// # Errors
+    /// 401 for a request that has come before, and 400 for one that may have.
+    fn admit(&self, signed: SignedOnce, now: SystemTime) -> Result<()> {
+        if signed.at_s <= self.began_s {
+            let message = "the request was signed before the service started: sign it again";
+            return Err(ApiError::bad("RequestTimeExpired", message));
         }
         let oldest = seconds(now).saturating_sub_unsigned(Signed::VALID_S);
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.retain(|(signed_s, _)| *signed_s >= oldest);
-        if seen.iter().any(|(_, known)| *known == signature) {
-            return refused("the same request has come before: sign each request anew");
+        seen.retain(|known| known.at_s >= oldest);
+        if seen.contains(&signed) {
+            let message = "the same request has come before: sign each request anew";
+            return Err(ApiError::unauthorized("Unauthorized", message));
         }
         if seen.len() >= SIGNATURES_MAX {
             return Err(ApiError::busy("too many administrative commands in a short time"));
         }
-        seen.push((signed_s, signature));
+        seen.push(signed);
         Ok(())
     }
 }
@@ -250,15 +284,19 @@ mod tests {
         Call::new(request.body(()).unwrap().into_parts().0, "sls.local").unwrap()
     }
 
+    fn admit(once: &Once, call: &Call, now: u64) -> Result<()> {
+        once.admit(Once::signed(call)?, at(now))
+    }
+
     #[test]
     fn a_request_is_admitted_once() {
-        let once = Once::new(AT_S as i64);
+        let once = Once::new(AT_S as i64 - 1);
         let first = call("0123456789abcdef", at(AT_S));
-        once.admit(&first, at(AT_S)).unwrap();
+        admit(&once, &first, AT_S).unwrap();
         // Also after others, and as long as its time is valid.
-        once.admit(&call("another nonce, 123", at(AT_S)), at(AT_S)).unwrap();
+        admit(&once, &call("another nonce, 123", at(AT_S)), AT_S).unwrap();
         for later in [0, 899, 900] {
-            let refusal = once.admit(&first, at(AT_S + later)).unwrap_err();
+            let refusal = admit(&once, &first, AT_S + later).unwrap_err();
             assert!(refusal.message.contains("has come before"), "{refusal:?}");
         }
         // The digits of a signature may be of either case.
@@ -266,18 +304,31 @@ mod tests {
         let header = loud.headers.get_mut("authorization").unwrap();
         let (credential, digits) = header.to_str().unwrap().split_once("Signature=").unwrap();
         *header = format!("{credential}Signature={}", digits.to_uppercase()).parse().unwrap();
-        assert!(once.admit(&loud, at(AT_S)).unwrap_err().message.contains("has come before"));
+        assert!(admit(&once, &loud, AT_S).unwrap_err().message.contains("has come before"));
         // Those that are no longer valid are forgotten.
-        once.admit(&call("the last of them.", at(AT_S + 5000)), at(AT_S + 5000)).unwrap();
+        admit(&once, &call("the last of them.", at(AT_S + 5000)), AT_S + 5000).unwrap();
         assert_eq!(once.seen.lock().unwrap().len(), 1);
     }
 
     #[test]
-    fn a_request_of_an_earlier_process_and_one_without_a_nonce_are_refused() {
+    fn a_request_that_an_earlier_process_may_have_admitted_is_refused() {
         let once = Once::new(AT_S as i64);
-        let refusal = once.admit(&call("0123456789abcdef", at(AT_S - 1)), at(AT_S)).unwrap_err();
-        assert_eq!(refusal.code, "RequestTimeTooSkewed");
-        let refusal = once.admit(&call("short", at(AT_S)), at(AT_S)).unwrap_err();
+        for before in [0, 1, 100] {
+            let refusal = admit(&once, &call("0123456789abcdef", at(AT_S - before)), AT_S);
+            assert_eq!(refusal.unwrap_err().code, "RequestTimeExpired");
+        }
+        // A process admits none whose time has not come.
+        let of_future = |by| {
+            let signed = Once::signed(&call("0123456789abcdef", at(AT_S + by))).unwrap();
+            signed.ahead(at(AT_S)).map(|wait| wait.as_secs()).map_err(|refusal| refusal.code)
+        };
+        assert_eq!((of_future(0), of_future(3)), (Ok(0), Ok(3)));
+        assert_eq!(of_future(600), Err("RequestTimeTooSkewed"));
+    }
+
+    #[test]
+    fn a_request_without_a_nonce_is_refused() {
+        let refusal = Once::signed(&call("short", at(AT_S))).unwrap_err();
         assert!(refusal.message.contains("x-log-nonce"), "{refusal:?}");
     }
 }

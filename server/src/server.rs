@@ -197,10 +197,11 @@ impl ServerBuilder {
             None => None,
         };
         let failed = |source| ServeError::Listen { address, source };
+        let began = SystemTime::now();
         let listener = net::TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        Ok(Server { settings: self, keys, tls, listener, address })
+        Ok(Server { settings: self, keys, tls, listener, address, began })
     }
 
     fn check(&self, address: SocketAddr) -> Result<(), ServeError> {
@@ -243,6 +244,8 @@ pub struct Server {
     tls: Option<Arc<Tls>>,
     listener: net::TcpListener,
     address: SocketAddr,
+    /// When clients could connect.
+    began: SystemTime,
 }
 
 impl Server {
@@ -280,9 +283,9 @@ impl Server {
     /// # Errors
     /// [`ServeError::State`] or [`ServeError::Engine`] if the state of the service cannot be read.
     pub async fn run(self, store: Store, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
-        let Self { settings, keys, tls, listener, address } = self;
+        let Self { settings, keys, tls, listener, address, began } = self;
         let (stopping, is_stopping) = watch::channel(false);
-        let service = Arc::new(open(&settings, keys, store, is_stopping)?);
+        let service = Arc::new(open(&settings, keys, store, began, is_stopping)?);
         let failed = |source| ServeError::Listen { address, source };
         let listener = TcpListener::from_std(listener).map_err(failed)?;
         let refreshing = tokio::spawn(refresh(Arc::clone(&service), tls.clone()));
@@ -318,6 +321,7 @@ fn open(
     settings: &ServerBuilder,
     keys: Option<AccessKeys>,
     store: Store,
+    began: SystemTime,
     stopping: watch::Receiver<bool>,
 ) -> Result<Service, ServeError> {
     let state = StateDir::open(settings.state_path(&store))?;
@@ -336,7 +340,7 @@ fn open(
         groups,
         memory: Budget::new(settings.memory_max),
         counters: Counters::default(),
-        admin: Admin::new(settings.administration.clone(), SystemTime::now()),
+        admin: Admin::new(settings.administration.clone(), began),
         stopping,
         open: OpenLogstores::default(),
     })

@@ -692,6 +692,8 @@ impl AdminCommand for EchoCommand {
 #[test]
 fn commands_need_a_fresh_signature_of_version_4_and_their_number_is_limited() {
     let world = World::with(|builder| builder.administration(Arc::new(Echo)));
+    // A service admits what was signed after the second in which it started.
+    std::thread::sleep(Duration::from_millis(1100));
     let ask = Ask { host: "sls.local".to_owned(), ..Ask::new("POST", "/admin").json("{}") };
     let refused = ask.send(&world);
     assert!(refused.status == 401 && refused.text().contains("version 4"), "{}", refused.text());

@@ -44,6 +44,7 @@ const ACCEPT_TIME_MAX: Duration = Duration::from_secs(60);
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// The longest line of an answer, in bytes. The whole audit log may be one.
 const LINE_BYTES_MAX: u64 = 1 << 30;
+const SIGN_AGAIN_AFTER: Duration = Duration::from_millis(1100);
 const REFUSAL_BYTES_MAX: u64 = 64 << 10;
 const ID_VARIABLE: &str = "ENVELOG_ACCESS_KEY_ID";
 const SECRET_VARIABLE: &str = "ENVELOG_ACCESS_KEY_SECRET";
@@ -92,10 +93,15 @@ impl Service {
         let request = Request { call, json: self.json };
         let body = serde_json::to_vec(&request)
             .map_err(|error| Failure::usage(format!("the arguments are no text: {error}")))?;
-        let response = self.send(&body)?;
-        if response.status() != 200 {
-            return Err(refusal(response));
-        }
+        let response = self.send(&body).or_else(|refusal| match refusal {
+            // A service admits what was signed after the second in which it started.
+            Refusal::Expired => {
+                thread::sleep(SIGN_AGAIN_AFTER);
+                self.send(&body)
+            }
+            refusal => Err(refusal),
+        });
+        let response = response.map_err(Refusal::into_failure)?;
         let lines = Lines::of(response)?;
         let mut printer = Printer::default();
         while let Some(line) = lines.next()? {
@@ -111,7 +117,7 @@ impl Service {
         Err(broken("the service ended the connection"))
     }
 
-    fn send(&self, body: &[u8]) -> Result<Response<Body>> {
+    fn send(&self, body: &[u8]) -> std::result::Result<Response<Body>, Refusal> {
         let nonce = nonce().map_err(|error| Failure::other(format!("no randomness: {error}")))?;
         let now = SystemTime::now();
         let headers = sign(&self.key, &Method::POST, &self.host, PATH, &nonce, body, now);
@@ -119,10 +125,36 @@ impl Service {
         for (name, value) in headers {
             request = request.header(name, value);
         }
-        request.send(body).map_err(|error| {
+        let response = request.send(body).map_err(|error| {
             let message = format!("no answer from the service at {}: {error}", self.url);
             Failure::new(Status::Unavailable, "service_unreachable", message)
-        })
+        })?;
+        if response.status() == 200 { Ok(response) } else { Err(refusal(response)) }
+    }
+}
+
+/// Why a service does not run a command.
+enum Refusal {
+    /// It was signed before the service started.
+    Expired,
+    Other(Failure),
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        Self::Other(failure)
+    }
+}
+
+impl Refusal {
+    fn into_failure(self) -> Failure {
+        match self {
+            Self::Expired => Failure::refused(
+                "access_refused",
+                "the service takes the request for one from before its start: check the clock of this machine",
+            ),
+            Self::Other(failure) => failure,
+        }
     }
 }
 
@@ -175,7 +207,7 @@ fn certificates(path: &Path) -> Result<Vec<Certificate<'static>>> {
 }
 
 /// The error of a service that does not run the command.
-fn refusal(response: Response<Body>) -> Failure {
+fn refusal(response: Response<Body>) -> Refusal {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Answer {
@@ -187,15 +219,19 @@ fn refusal(response: Response<Body>) -> Failure {
     let read = response.into_body().into_reader().take(REFUSAL_BYTES_MAX).read_to_string(&mut text);
     let answer = read.ok().and_then(|_| serde_json::from_str::<Answer>(&text).ok());
     let Some(Answer { error_code, error_message }) = answer else {
-        return Failure::other(format!("the service answers with status {status}"));
+        return Failure::other(format!("the service answers with status {status}")).into();
     };
+    if error_code == "RequestTimeExpired" {
+        return Refusal::Expired;
+    }
     let message = format!("the service refuses the command: {error_message} ({error_code})");
-    match status {
+    let failure = match status {
         400 => Failure::usage(message),
         401 | 403 => Failure::refused("access_refused", message),
         503 => Failure::new(Status::Unavailable, "service_busy", message),
         _ => Failure::other(message),
-    }
+    };
+    failure.into()
 }
 
 fn broken(why: &str) -> Failure {
