@@ -1,6 +1,7 @@
 //! `envelog`: the command line of the encrypted log storage engine.
 
 mod args;
+#[cfg_attr(not(feature = "serve"), allow(dead_code))]
 mod call;
 mod commands;
 mod exit;

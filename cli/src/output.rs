@@ -22,6 +22,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use serde_json::value::to_raw_value;
 
+#[cfg_attr(not(feature = "serve"), allow(dead_code))]
 mod caller;
 
 use crate::exit::{Failure, Result};

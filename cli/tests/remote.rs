@@ -224,6 +224,15 @@ fn every_command_prints_what_it_prints_without_a_service() {
     assert_eq!(status["logstores"].as_array().unwrap().len(), 3);
     served.run("root", &["status"]).assert(0);
 
+    // The audit log of the service has the commands, and otherwise the same.
+    let [mut events, local] = served.both(0, &["keys", "audit", "--json"]).map(|out| {
+        let log: Value = serde_json::from_slice(&out.stdout).unwrap();
+        let records = log["records"].as_array().unwrap().iter();
+        records.map(|record| record["event"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    });
+    events.retain(|event| event != "command_received");
+    assert_eq!(events, local);
+
     // Refusals have the same status, code and sentence.
     for args in [
         &["get", "shop/none"][..],
@@ -299,6 +308,13 @@ fn a_backup_goes_below_the_directory_of_the_operator_alone() {
     assert_eq!(report["logstores"], json!(3));
     assert_eq!(report["segments"], local["segments"]);
     served.run("root", &["backup", "daily", "--prune"]).assert(0);
+    // Its progress is told while it works.
+    let arguments = json!({ "dir": "progress", "prune": false, "copy": true });
+    let call = json!({ "command": "backup", "arguments": arguments });
+    let request = request(&served.address, &json!({ "call": call, "json": false }));
+    let answer = exchange(&served.address, &request);
+    let (progress, end) = (r#"{"progress":{"unit":"bytes","total":"#, r#"{"end":{"status":0}}"#);
+    assert!(answer.contains(progress) && answer.contains(end), "{answer}");
     let keys = ["--keyring", "envelog-data.keyring", "--kms-dir", "envelog-data.kms"];
     let backup = [&["--store", "backups/daily"], &keys[..]].concat();
     served.world.ok(&[&["verify"], &backup[..]].concat());
