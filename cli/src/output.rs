@@ -26,7 +26,9 @@ use serde_json::value::to_raw_value;
 mod caller;
 
 use crate::exit::{Failure, Result};
-pub(crate) use caller::{End, Piece, Step, end, send_file, to_caller};
+#[cfg(feature = "serve")]
+pub(crate) use caller::{End, Step, end, to_caller};
+pub(crate) use caller::{Piece, send_file};
 
 /// Work that finishes sooner shows no progress.
 const PROGRESS_AFTER: Duration = Duration::from_secs(1);
@@ -168,6 +170,7 @@ pub(crate) fn json(value: &impl Serialize) -> Result {
 }
 
 /// Writes a JSON document that another process has made, as [`json`] writes it.
+#[cfg(feature = "serve")]
 pub(crate) fn json_of_text(compact: &str) -> Result {
     write_out(&for_stdout(caller::indented(compact).as_bytes(), Kind::Json))
 }
