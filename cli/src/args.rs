@@ -4,6 +4,7 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use envelog::{Durability, Position, ProbeMode, crypto::HashAlg, inspect::Compression};
+use serde::{Deserialize, Serialize};
 use tracing_subscriber::filter::Targets;
 
 use crate::{
@@ -69,6 +70,17 @@ pub(crate) struct Global {
     /// is used. The environment variable has one URL a line
     #[arg(long, global = true, value_name = "URL", value_delimiter = '\n')]
     pub(crate) kms: Vec<String>,
+    /// A running service, such as https://logs.example.org: administrative commands act on its
+    /// store, and not on --store
+    #[arg(long, global = true, value_name = "URL")]
+    pub(crate) endpoint: Option<String>,
+    /// The access key for --endpoint: a JSON file with id and secret, and mode 0600. Without it, the
+    /// variables ENVELOG_ACCESS_KEY_ID and ENVELOG_ACCESS_KEY_SECRET have them
+    #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) access_key: Option<PathBuf>,
+    /// Trust the authorities in this PEM file for --endpoint, and not those of the system
+    #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) ca: Option<PathBuf>,
     /// Print results and errors as JSON
     #[arg(long, global = true, value_name = SWITCH, value_parser = switch)]
     pub(crate) json: Option<bool>,
@@ -349,6 +361,7 @@ pub(crate) struct DemoArgs {
     pub(crate) dir: Option<PathBuf>,
 }
 
+/// The options of `serve`. Each is a setting too: in a settings file, in the table `serve`.
 #[cfg(feature = "serve")]
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
@@ -365,18 +378,22 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "REGION", default_value = "local")]
     pub(crate) region: String,
     /// The certificate chain for HTTPS, in PEM; read again when it changes
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "tls_key")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) tls_cert: Option<PathBuf>,
     /// The private key of the certificate, in PEM
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "tls_cert")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) tls_key: Option<PathBuf>,
     /// Allow plain HTTP on addresses other than loopback, where something in front of the service
     /// encrypts
-    #[arg(long)]
-    pub(crate) plain_http: bool,
+    #[arg(long, value_name = SWITCH, value_parser = switch)]
+    pub(crate) plain_http: Option<bool>,
+    /// The directory below which `backup --endpoint` may make backups
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) backup_dir: Option<PathBuf>,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct NameArgs {
     /// The Logstore
     #[arg(value_name = "PROJECT/LOGSTORE")]
@@ -407,7 +424,8 @@ pub(crate) struct MergeArgs {
     pub(crate) shard: u32,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct OptionalNameArgs {
     /// The Logstore [default: all of them]
     #[arg(value_name = "PROJECT/LOGSTORE")]
@@ -564,7 +582,8 @@ pub(crate) struct VerifyArgs {
     pub(crate) against: Option<PathBuf>,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct OutArgs {
     /// The file to write; it must not exist. Only its owner may read it
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -588,7 +607,8 @@ pub(crate) struct DoctorArgs {
     pub(crate) backup_age: Duration,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct RepairArgs {
     /// The Logstore; all of them, unless it is given
     #[arg(value_name = "PROJECT/LOGSTORE")]
@@ -607,14 +627,16 @@ pub(crate) struct RepairArgs {
     pub(crate) accept_tampered: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct RetainArgs {
     /// Trust the clock as it is now, although it is more than 24 h ahead of the last trusted time
     #[arg(long)]
     pub(crate) trust_clock: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct BackupArgs {
     /// The directory of the backup: empty, absent, or with an earlier backup of this store
     #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
@@ -737,7 +759,8 @@ pub(crate) struct AuditArgs {
     pub(crate) out: Option<PathBuf>,
 }
 
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct RewrapArgs {
     /// The Logstore [default: all of them]
     #[arg(value_name = "PROJECT/LOGSTORE", conflicts_with_all = ["cmk", "region", "restart"])]

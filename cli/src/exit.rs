@@ -1,6 +1,7 @@
 //! Maps errors to an exit status and one sentence.
 
 use std::{
+    borrow::Cow,
     fmt,
     io::{self, Write},
     path::Path,
@@ -8,7 +9,7 @@ use std::{
 };
 
 use envelog::{Error, ErrorKind, LogstoreName, kms::LocalKmsError};
-use serde::{Serialize, Serializer, ser::SerializeStruct};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, ser::SerializeStruct};
 use serde_json::json;
 
 use crate::output;
@@ -44,6 +45,23 @@ impl Status {
     }
 }
 
+impl Status {
+    /// The status with this number. An unknown one is `Other`.
+    pub(crate) fn of_number(number: u8) -> Self {
+        let all = [
+            Self::Done,
+            Self::Usage,
+            Self::Revoked,
+            Self::KmsUnreachable,
+            Self::Integrity,
+            Self::Refused,
+            Self::Unavailable,
+            Self::Interrupted,
+        ];
+        all.into_iter().find(|status| *status as u8 == number).unwrap_or(Self::Other)
+    }
+}
+
 impl From<Status> for ExitCode {
     fn from(status: Status) -> Self {
         ExitCode::from(status as u8)
@@ -54,9 +72,9 @@ impl From<Status> for ExitCode {
 #[derive(Clone, Debug)]
 pub(crate) struct Failure {
     status: Status,
-    code: &'static str,
+    code: Cow<'static, str>,
     /// The name of the [`ErrorKind`], or `failed` or `interrupted`.
-    kind: &'static str,
+    kind: Cow<'static, str>,
     message: String,
 }
 
@@ -72,12 +90,12 @@ impl Failure {
             Status::Unavailable => ErrorKind::Unavailable.name(),
             Status::Interrupted => "interrupted",
         };
-        Self { status, code, kind, message: message.into() }
+        Self { status, code: code.into(), kind: kind.into(), message: message.into() }
     }
 
     /// The failure with the kind of an error of the engine.
     pub(crate) fn kind(self, kind: ErrorKind) -> Self {
-        Self { kind: kind.name(), ..self }
+        Self { kind: kind.name().into(), ..self }
     }
 
     /// A failure that reports an error of the engine in other words.
@@ -179,10 +197,24 @@ pub(crate) fn both<T>(first: Result<T>, second: Result) -> Result<T> {
 impl Serialize for Failure {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         let mut fields = serializer.serialize_struct("Failure", 3)?;
-        fields.serialize_field("code", self.code)?;
-        fields.serialize_field("kind", self.kind)?;
+        fields.serialize_field("code", &*self.code)?;
+        fields.serialize_field("kind", &*self.kind)?;
         fields.serialize_field("message", &self.message)?;
         fields.end()
+    }
+}
+
+/// A failure in another process. Its status comes apart from it.
+impl<'de> Deserialize<'de> for Failure {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Fields {
+            code: String,
+            kind: String,
+            message: String,
+        }
+        let Fields { code, kind, message } = Fields::deserialize(deserializer)?;
+        Ok(Self { status: Status::Other, code: code.into(), kind: kind.into(), message })
     }
 }
 

@@ -1,6 +1,8 @@
 //! `envelog`: the command line of the encrypted log storage engine.
 
 mod args;
+#[cfg_attr(not(feature = "serve"), allow(dead_code))]
+mod call;
 mod commands;
 mod exit;
 mod input;
@@ -8,6 +10,7 @@ mod interrupt;
 mod lines;
 mod output;
 mod record;
+mod remote;
 mod settings;
 mod setup;
 mod values;

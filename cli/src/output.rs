@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    fmt::{self, Display, Write as _},
+    fmt::{Display, Write as _},
     io::{self, IsTerminal, Write},
     path::Path,
     sync::{
@@ -13,15 +13,22 @@ use std::{
     time::Duration,
 };
 
-use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Row, presets};
+use comfy_table::{CellAlignment, Color, ContentArrangement, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::value::to_raw_value;
+
+#[cfg_attr(not(feature = "serve"), allow(dead_code))]
+mod caller;
 
 use crate::exit::{Failure, Result};
+#[cfg(feature = "serve")]
+pub(crate) use caller::{End, Step, end, to_caller};
+pub(crate) use caller::{Piece, send_file};
 
 /// Work that finishes sooner shows no progress.
 const PROGRESS_AFTER: Duration = Duration::from_secs(1);
@@ -101,11 +108,19 @@ pub(crate) fn for_stderr(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
 
 /// Writes a line to standard output.
 pub(crate) fn line(text: impl Display) -> Result {
+    if caller::is_set() {
+        return caller::send(Piece::Line(text.to_string()));
+    }
     write_out(&for_stdout(text.to_string().as_bytes(), Kind::Line))
 }
 
 /// Writes a note to standard error. A note is neither a failure nor part of the result.
 pub(crate) fn notice(text: impl Display) {
+    if caller::is_set() {
+        // A caller that has gone misses it.
+        let _ = caller::send(Piece::Note(text.to_string()));
+        return;
+    }
     let text =
         [&for_stderr(format!("envelog: note: {text}").as_bytes(), Kind::Line), &b"\n"[..]].concat();
     // A closed standard error is ignored: there is no other place for the note.
@@ -146,8 +161,18 @@ fn no_json(error: &serde_json::Error) -> Failure {
 
 /// Writes a value to standard output, as indented JSON.
 pub(crate) fn json(value: &impl Serialize) -> Result {
+    if caller::is_set() {
+        let answer = to_raw_value(value).map_err(|error| no_json(&error))?;
+        return caller::send(Piece::Answer(answer));
+    }
     let text = serde_json::to_string_pretty(value).map_err(|error| no_json(&error))?;
     write_out(&for_stdout(text.as_bytes(), Kind::Json))
+}
+
+/// Writes a JSON document that another process has made, as [`json`] writes it.
+#[cfg(feature = "serve")]
+pub(crate) fn json_of_text(compact: &str) -> Result {
+    write_out(&for_stdout(caller::indented(compact).as_bytes(), Kind::Json))
 }
 
 fn write_out(text: &[u8]) -> Result {
@@ -174,33 +199,78 @@ impl Write for Events {
     }
 }
 
-/// A table that escapes its cells if standard output is a terminal.
-pub(crate) struct Table(comfy_table::Table);
+/// A table. Its cells are escaped when it is written to a terminal.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Table {
+    header: Vec<String>,
+    /// The columns, from 0, that are right-aligned.
+    numbers: Vec<usize>,
+    rows: Vec<Vec<Cell>>,
+}
 
-impl Table {
-    pub(crate) fn add_row(&mut self, row: impl Into<Row>) -> &mut Self {
-        let row: Row = row.into();
-        // A cell that needs escapes loses its colour.
-        let cells = row.cell_iter().map(|cell| {
-            let content = cell.content();
-            match for_stdout(content.as_bytes(), Kind::Cell) {
-                Cow::Borrowed(_) => cell.clone(),
-                Cow::Owned(text) => Cell::new(String::from_utf8_lossy(&text)),
+/// A cell, which may have several lines.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Cell {
+    text: String,
+    /// Whether it is green or red, where colours are enabled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    good: Option<bool>,
+}
+
+impl Cell {
+    pub(crate) fn new(text: impl ToString) -> Self {
+        Self { text: text.to_string(), good: None }
+    }
+
+    /// A cell that needs escapes loses its colour.
+    fn drawn(&self) -> comfy_table::Cell {
+        match (for_stdout(self.text.as_bytes(), Kind::Cell), self.good) {
+            (Cow::Borrowed(_), None) => comfy_table::Cell::new(&self.text),
+            (Cow::Borrowed(_), Some(good)) => {
+                comfy_table::Cell::new(&self.text).fg(if good { Color::Green } else { Color::Red })
             }
-        });
-        self.0.add_row(cells.collect::<Vec<_>>());
-        self
+            (Cow::Owned(text), _) => comfy_table::Cell::new(String::from_utf8_lossy(&text)),
+        }
     }
 }
 
-impl Display for Table {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+impl<T: ToString> From<T> for Cell {
+    fn from(text: T) -> Self {
+        Self::new(text)
     }
 }
 
 /// An empty table. Columns in `numbers` (from 0) are right-aligned.
 pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
+    let header = header.iter().map(|name| (*name).to_owned()).collect();
+    Table { header, numbers: numbers.to_owned(), rows: Vec::new() }
+}
+
+impl Table {
+    pub(crate) fn add_row(&mut self, row: impl IntoIterator<Item = impl Into<Cell>>) -> &mut Self {
+        self.rows.push(row.into_iter().map(Into::into).collect());
+        self
+    }
+
+    fn drawn(&self) -> comfy_table::Table {
+        let mut table = blank();
+        if !self.header.is_empty() {
+            table.set_header(&self.header);
+        }
+        for &index in &self.numbers {
+            if let Some(column) = table.column_mut(index) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        for row in &self.rows {
+            table.add_row(row.iter().map(Cell::drawn));
+        }
+        table
+    }
+}
+
+/// A table without columns, for the width of the terminal.
+fn blank() -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
     table
         .load_style(presets::UTF8_FULL_CONDENSED)
@@ -217,50 +287,45 @@ pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
     if let Some(width) = width {
         table.set_width(width);
     }
-    if !header.is_empty() {
-        table.set_header(header.iter().map(Cell::new));
-    }
-    for &index in numbers {
-        if let Some(column) = table.column_mut(index) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    Table(table)
+    table
 }
 
 /// Writes a table to standard output, regardless of the terminal's width.
 pub(crate) fn print_wide_table(table: &Table) -> Result {
-    write_out(table.to_string().as_bytes())
+    if caller::is_set() {
+        return caller::send(Piece::WideTable(table.clone()));
+    }
+    write_out(table.drawn().to_string().as_bytes())
 }
 
 /// Writes a table to standard output. If the terminal is too narrow, writes each row as a table of
 /// its own with one line per column.
 pub(crate) fn print_table(table: &Table) -> Result {
-    let Table(inner) = table;
-    let needed = inner
+    if caller::is_set() {
+        return caller::send(Piece::Table(table.clone()));
+    }
+    let drawn = table.drawn();
+    let needed = drawn
         .column_max_content_widths()
         .iter()
         .map(|width| usize::from(*width) + 3)
         .sum::<usize>()
         + 1;
-    let (Some(width), Some(header)) = (inner.width(), inner.header()) else {
-        return print_wide_table(table);
-    };
-    if needed <= usize::from(width) {
-        return print_wide_table(table);
+    if drawn.width().is_none_or(|width| needed <= usize::from(width)) || table.header.is_empty() {
+        return write_out(drawn.to_string().as_bytes());
     }
-    inner.row_iter().try_for_each(|row| {
-        let mut upright = self::table(&[], &[]);
-        for (name, cell) in header.cell_iter().zip(row.cell_iter()) {
-            upright.add_row([Cell::new(name.content()), cell.clone()]);
+    table.rows.iter().try_for_each(|row| {
+        let mut upright = blank();
+        for (name, cell) in table.header.iter().zip(row) {
+            upright.add_row([comfy_table::Cell::new(name), cell.drawn()]);
         }
-        print_wide_table(&upright)
+        write_out(upright.to_string().as_bytes())
     })
 }
 
 /// A cell in green or red, where colours are enabled.
 pub(crate) fn verdict(text: impl ToString, good: bool) -> Cell {
-    Cell::new(text).fg(if good { Color::Green } else { Color::Red })
+    Cell { text: text.to_string(), good: Some(good) }
 }
 
 /// A human-readable size: `17.3 MiB`.
@@ -319,13 +384,15 @@ pub(crate) fn set_json(json: bool) {
 
 /// Whether progress may be shown.
 fn shows_progress() -> bool {
-    !AS_JSON.get().copied().unwrap_or(false) && io::stderr().is_terminal()
+    !caller::is_set() && !AS_JSON.get().copied().unwrap_or(false) && io::stderr().is_terminal()
 }
 
 /// Progress of long work: a bar on standard error, if that is a terminal, the output is not JSON, and
 /// the work takes longer than a second.
 pub(crate) struct Progress {
     bar: ProgressBar,
+    /// The progress as a caller in another process has to know it.
+    told: Option<caller::Told>,
     /// The thread that draws the bar. Dropping the sender ends it.
     showing: Option<(Sender<()>, JoinHandle<()>)>,
 }
@@ -337,7 +404,7 @@ impl Progress {
             Some(_) => "{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
             None => "{spinner} {bytes} {bytes_per_sec}",
         };
-        Self::new(total, template, shows_progress())
+        Self::new(total, template, shows_progress()).told("bytes", total)
     }
 
     /// Progress in bytes while logs or acknowledgements go to standard output. Shows no bar if
@@ -349,6 +416,7 @@ impl Progress {
     /// Progress in steps, with the name of the current step.
     pub(crate) fn steps(total: u64) -> Self {
         Self::new(Some(total), "{bar:30} {pos}/{len} {elapsed} {msg}", shows_progress())
+            .told("steps", Some(total))
     }
 
     /// Shows nothing.
@@ -372,12 +440,21 @@ impl Progress {
             };
             (sender, thread::spawn(wait))
         });
-        Self { bar, showing }
+        Self { bar, told: None, showing }
+    }
+
+    /// Progress that a caller in another process is told too.
+    fn told(mut self, unit: &str, total: Option<u64>) -> Self {
+        self.told = caller::is_set().then(|| caller::Told::new(unit, total));
+        self
     }
 
     /// Names the current step.
     pub(crate) fn say(&self, what: impl Into<Cow<'static, str>>) {
         let what = what.into();
+        if let Some(told) = &self.told {
+            told.say(&what);
+        }
         self.bar.set_message(
             String::from_utf8_lossy(&visible(what.as_bytes(), Kind::Line)).into_owned(),
         );
@@ -388,6 +465,9 @@ impl Progress {
     }
 
     pub(crate) fn set(&self, done: u64) {
+        if let Some(told) = &self.told {
+            told.set(done);
+        }
         self.bar.set_position(done);
     }
 }

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use self::file::SettingsFile;
 use crate::{
-    args::Cli,
+    args::{self, Cli},
     exit::Failure,
     values::{bytes, count, delay, duration, show_bytes, show_duration, switch},
 };
@@ -31,6 +31,8 @@ pub(crate) const SWITCH: &str = "true|false";
 const NONE: &str = "none";
 /// The option that names the settings file. It is no setting itself.
 const FILE: &str = "settings";
+/// The command whose options are settings too, and its table in a settings file.
+const SERVE: &str = "serve";
 const REVALIDATE_EVERY: &str = "revalidate-every";
 
 /// A setting of the store: a field of [`StoreOptions`].
@@ -297,17 +299,42 @@ pub(crate) fn command() -> Command {
 /// The command line with the environment variables of the settings that are not among these
 /// arguments. clap would check the value of a variable that an option behind the command overrides.
 fn command_for(args: &[OsString]) -> Command {
-    Cli::command().mut_args(|arg| {
-        let Some(name) = arg.get_long().filter(|_| arg.is_global_set()) else { return arg };
-        let (is_given, variable) = (is_given(name, args), variable(name));
-        // A variable may hold a PIN, which a help text must not show.
-        let arg = if is_given { arg } else { arg.env(variable).hide_env_values(true) };
-        if is_switch(&arg) {
-            arg.num_args(0..=1).require_equals(true).default_missing_value("true")
-        } else {
-            arg
+    let command = Cli::command().mut_args(|arg| match arg.get_long() {
+        Some(name) if arg.is_global_set() => {
+            let name = name.to_owned();
+            with_variable(arg, &name, args)
         }
+        _ => arg,
+    });
+    if !cfg!(feature = "serve") {
+        return command;
+    }
+    command.mut_subcommand(SERVE, |serve| {
+        serve.mut_args(|arg| match arg.get_long() {
+            Some(name) => {
+                let name = in_serve(name);
+                with_variable(arg, &name, args)
+            }
+            None => arg,
+        })
     })
+}
+
+/// The name of a setting that is an option of `serve`.
+fn in_serve(name: &str) -> String {
+    format!("{SERVE}.{name}")
+}
+
+/// A setting with its environment variable, unless the arguments have the option.
+fn with_variable(arg: Arg, name: &str, args: &[OsString]) -> Arg {
+    let is_given = arg.get_long().is_some_and(|long| is_given(long, args));
+    // A variable may hold a PIN, which a help text must not show.
+    let arg = if is_given { arg } else { arg.env(variable(name)).hide_env_values(true) };
+    if is_switch(&arg) {
+        arg.num_args(0..=1).require_equals(true).default_missing_value("true")
+    } else {
+        arg
+    }
 }
 
 fn is_switch(arg: &Arg) -> bool {
@@ -324,7 +351,7 @@ fn is_given(name: &str, args: &[OsString]) -> bool {
 
 /// The environment variable of a setting.
 fn variable(name: &str) -> String {
-    format!("ENVELOG_{}", name.to_ascii_uppercase().replace('-', "_"))
+    format!("ENVELOG_{}", name.to_ascii_uppercase().replace(['-', '.'], "_"))
 }
 
 /// The arguments of the settings in this command line, without `--settings`.
@@ -333,10 +360,33 @@ fn settings_in(command: &Command) -> impl Iterator<Item = &Arg> {
     command.get_arguments().filter(is_setting)
 }
 
+/// The arguments of the settings of `serve`, with their names.
+fn settings_of_serve(command: &Command) -> impl Iterator<Item = (String, &Arg)> {
+    let serve = command.find_subcommand(SERVE).filter(|_| cfg!(feature = "serve"));
+    let arguments = serve.into_iter().flat_map(Command::get_arguments);
+    arguments.filter_map(|arg| Some((in_serve(arg.get_long()?), arg)))
+}
+
+/// The argument of the setting with this name in a settings file.
+fn find_setting<'a>(name: &str, command: &'a Command) -> Option<&'a Arg> {
+    let global = || settings_in(command).find(|arg| arg.get_long() == Some(name));
+    let of_serve = || settings_of_serve(command).find(|(it, _)| it == name).map(|(_, arg)| arg);
+    global().or_else(of_serve)
+}
+
+/// The values that the settings of `serve` would have.
+fn parse_serve(command: &Command) -> Result<ArgMatches, clap::Error> {
+    let args = settings_of_serve(command).map(|(_, arg)| arg.clone());
+    let serve = Command::new(SERVE).no_binary_name(true).args(args);
+    serve.try_get_matches_from(Vec::<OsString>::new())
+}
+
 /// The parsed command line, and where its settings come from.
 pub(crate) struct Given {
     pub(crate) cli: Cli,
     matches: ArgMatches,
+    /// For `settings` alone.
+    serve: Option<ArgMatches>,
     file: Option<SettingsFile>,
 }
 
@@ -366,7 +416,19 @@ pub(crate) fn parse(args: &[OsString]) -> Result<Given, Refused> {
         file = Some(read);
     }
     let cli = Cli::from_arg_matches(&matches)?;
-    Ok(Given { cli, matches, file })
+    let serve = match cli.command {
+        args::Command::Settings => {
+            // The parsed command line has propagated the global options.
+            let command = command_for(args);
+            let command = match &file {
+                Some(file) => file.defaults(command),
+                None => command,
+            };
+            Some(parse_serve(&command)?)
+        }
+        _ => None,
+    };
+    Ok(Given { cli, matches, serve, file })
 }
 
 /// A setting in force.
@@ -413,21 +475,25 @@ impl Given {
     pub(crate) fn settings(&self) -> Vec<Setting> {
         let options = &self.cli.global.of_store.0;
         let command = command();
-        let global = command.get_arguments().filter(|arg| arg.is_global_set());
-        global
-            .map(|arg| {
-                let name = arg.get_long().unwrap_or_default().to_owned();
-                let value = match StoreSetting::find(&name) {
-                    Some(setting) => setting.kind.value(options),
-                    None => self.value(arg),
-                };
-                Setting { source: self.source(arg, &name), name, value }
+        let global = command.get_arguments().filter(|arg| arg.is_global_set()).map(|arg| {
+            let name = arg.get_long().unwrap_or_default().to_owned();
+            let value = match StoreSetting::find(&name) {
+                Some(setting) => setting.kind.value(options),
+                None => value(arg, &self.matches),
+            };
+            Setting { source: self.source(arg, &name, &self.matches), name, value }
+        });
+        let of_serve = self.serve.iter().flat_map(|matches| {
+            settings_of_serve(&command).map(move |(name, arg)| {
+                let value = value(arg, matches);
+                Setting { source: self.source(arg, &name, matches), name, value }
             })
-            .collect()
+        });
+        global.chain(of_serve).collect()
     }
 
-    fn source(&self, arg: &Arg, name: &str) -> Source {
-        match self.matches.value_source(arg.get_id().as_str()) {
+    fn source(&self, arg: &Arg, name: &str, matches: &ArgMatches) -> Source {
+        match matches.value_source(arg.get_id().as_str()) {
             Some(ValueSource::CommandLine) => Source::CommandLine,
             Some(ValueSource::EnvVariable) => Source::Environment,
             _ => match self.file.as_ref().and_then(|file| Some((file, file.line_of(name)?))) {
@@ -436,19 +502,19 @@ impl Given {
             },
         }
     }
+}
 
-    fn value(&self, arg: &Arg) -> Value {
-        let id = arg.get_id().as_str();
-        if is_switch(arg) {
-            return json!(self.matches.get_one(id).copied().unwrap_or(false));
-        }
-        let raw = self.matches.get_raw(id).unwrap_or_default();
-        let mut texts = raw.map(|text| without_secret(&text.to_string_lossy()));
-        match arg.get_action() {
-            ArgAction::Count => json!(self.matches.get_count(id)),
-            ArgAction::Append => json!(texts.collect::<Vec<_>>()),
-            _ => json!(texts.next()),
-        }
+fn value(arg: &Arg, matches: &ArgMatches) -> Value {
+    let id = arg.get_id().as_str();
+    if is_switch(arg) {
+        return json!(matches.get_one(id).copied().unwrap_or(false));
+    }
+    let raw = matches.get_raw(id).unwrap_or_default();
+    let mut texts = raw.map(|text| without_secret(&text.to_string_lossy()));
+    match arg.get_action() {
+        ArgAction::Count => json!(matches.get_count(id)),
+        ArgAction::Append => json!(texts.collect::<Vec<_>>()),
+        _ => json!(texts.next()),
     }
 }
 
@@ -502,8 +568,8 @@ pub(crate) fn refused_variable(error: &clap::Error, args: &[OsString]) -> Option
     }
     let Some(ContextValue::String(arg)) = error.get(ContextKind::InvalidArg) else { return None };
     let name = arg.strip_prefix("--")?.split(['=', '[', ' ', '.']).next()?;
-    let variable = variable(name);
-    (env::var_os(&variable).is_some() && !is_given(name, args)).then_some(variable)
+    let variables = [variable(name), variable(&in_serve(name))];
+    variables.into_iter().find(|it| env::var_os(it).is_some() && !is_given(name, args))
 }
 
 #[cfg(test)]
@@ -603,18 +669,24 @@ mod tests {
     }
 
     /// The table of the settings in `docs/operations.md`.
+    #[cfg(feature = "serve")]
     fn documented() -> String {
         let mut table = String::from(
             "| setting | variable | value | limits | default | meaning |\n|---|---|---|---|---|---|\n",
         );
-        for arg in settings_in(&command()) {
-            let name = arg.get_long().unwrap();
+        let command = command();
+        let global = settings_in(&command).map(|arg| (arg.get_long().unwrap().to_owned(), arg));
+        for (name, arg) in global.chain(settings_of_serve(&command)) {
+            let name = &*name;
             let help = arg.get_help().unwrap().to_string();
             let (help, default) = match help.rsplit_once(" [default: ") {
                 Some((help, default)) => (help, default.trim_end_matches(']')),
                 None if is_switch(arg) => (help.as_str(), "false"),
                 None if matches!(arg.get_action(), ArgAction::Count) => (help.as_str(), "0"),
-                None => (help.as_str(), NONE),
+                None => {
+                    let default = arg.get_default_values().first().and_then(|it| it.to_str());
+                    (help.as_str(), default.unwrap_or(NONE))
+                }
             };
             let limits = StoreSetting::find(name).map_or("", |setting| setting.limits);
             let help = help.strip_suffix(&format!(" ({limits})")).unwrap_or(help);
@@ -630,6 +702,7 @@ mod tests {
         table
     }
 
+    #[cfg(feature = "serve")]
     #[test]
     fn the_operators_page_documents_every_setting() {
         let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md");

@@ -27,7 +27,10 @@ use crate::{
 const STORE: &str = "./envelog-data";
 
 /// The paths and settings of a run.
+#[derive(Clone)]
 pub(crate) struct Setup {
+    /// The store, if this process serves it, and the command came from a caller.
+    pub(crate) served: Option<Store>,
     pub(crate) store: PathBuf,
     pub(crate) keyring: PathBuf,
     /// The directory of the embedded KMS, on which the `kms` commands operate.
@@ -57,6 +60,9 @@ impl Setup {
             json,
             verbose: _,
             log: _,
+            endpoint: _,
+            access_key: _,
+            ca: _,
             of_store: StoreSettings(options),
         } = global;
         let store = store.unwrap_or_else(|| PathBuf::from(STORE));
@@ -90,6 +96,7 @@ impl Setup {
         }
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));
         Ok(Self {
+            served: None,
             store,
             keyring,
             kms_dir,
@@ -120,13 +127,19 @@ impl Setup {
 
     /// Opens the store for writing.
     pub(crate) fn open(&self) -> Result<Store> {
-        Ok(self.builder().open()?)
+        match &self.served {
+            Some(store) => Ok(store.clone()),
+            None => Ok(self.builder().open()?),
+        }
     }
 
     /// Opens the store read-only. Another process may be writing it. Prints a note if the store has
     /// an anchor but is not compared with it.
     pub(crate) fn open_read_only(&self) -> Result<Store> {
-        let store = self.builder().open_read_only()?;
+        let store = match &self.served {
+            Some(store) => store.clone(),
+            None => self.builder().open_read_only()?,
+        };
         let anchor = store.admin().anchor_status();
         if anchor.anchored && !anchor.configured && !self.without_anchor {
             self.notice(
@@ -136,10 +149,13 @@ impl Setup {
         Ok(store)
     }
 
-    /// Closes a store that was open for writing. Prints a note if the anchor is behind the store.
+    /// Closes a store that was open for writing, unless it is served. Prints a note if the anchor
+    /// is behind the store.
     pub(crate) fn close(&self, store: Store) -> Result {
         let handle = store.clone();
-        store.close()?;
+        if self.served.is_none() {
+            store.close()?;
+        }
         let anchor = handle.admin().anchor_status();
         if anchor.configured && anchor.behind.is_some() {
             let why = anchor.error.unwrap_or_else(|| "it does not respond".to_owned());

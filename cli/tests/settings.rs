@@ -33,7 +33,10 @@ fn find<'a>(settings: &'a [Value], name: &str) -> &'a Value {
 fn values(name: &str) -> [(String, Value); 3] {
     let three = |values: [&str; 3]| values.map(|value| (value.to_owned(), json!(value)));
     match name {
-        "store" | "keyring" | "anchor" | "kms-dir" => three(["one", "/two/2", "./three"]),
+        "store" | "keyring" | "anchor" | "kms-dir" | "access-key" | "ca" => {
+            three(["one", "/two/2", "./three"])
+        }
+        "endpoint" => three(["https://a.example", "https://b.example", "https://c.example"]),
         "log" => three(["info", "warn,envelog=debug", "off"]),
         "kms" => {
             ["local:one", "local:two", "local:three"].map(|url| (url.to_owned(), json!([url])))
@@ -69,7 +72,7 @@ fn options_precede_variables_then_the_file_then_defaults() {
     for setting in &defaults[1..] {
         let name = setting["name"].as_str().unwrap();
         // `settings` prints JSON here because of that option.
-        if name == "json" {
+        if name == "json" || name.starts_with("serve.") {
             continue;
         }
         let [in_file, in_variable, on_line] = values(name);
@@ -101,6 +104,75 @@ fn options_precede_variables_then_the_file_then_defaults() {
             }
         }
     }
+}
+
+#[cfg(feature = "serve")]
+#[test]
+fn the_options_of_serve_are_settings_too() {
+    let world = World::new();
+    let all = settings(&world, &[], &[]);
+    assert_eq!(find(&all, "serve.listen")["value"], "127.0.0.1:8099");
+    let text = "workers = 3\n[serve]\nlisten = '127.0.0.1:1'\nregion = 'r'\nplain-http = true\n";
+    let file = world.file("settings.toml", text);
+    let variables = [("ENVELOG_SERVE_REGION", "v"), ("ENVELOG_SERVE_ACCESS_KEYS", "keys.json")];
+    let all = settings(&world, &variables, &["--settings", &file]);
+    for (name, value, source, place) in [
+        ("listen", json!("127.0.0.1:1"), "file", json!(format!("{file}:3"))),
+        ("region", json!("v"), "environment", json!("ENVELOG_SERVE_REGION")),
+        ("access-keys", json!("keys.json"), "environment", json!("ENVELOG_SERVE_ACCESS_KEYS")),
+        ("plain-http", json!(true), "file", json!(format!("{file}:5"))),
+        ("base-host", json!("sls.local"), "default", Value::Null),
+        ("tls-cert", Value::Null, "default", Value::Null),
+    ] {
+        let name = format!("serve.{name}");
+        let expected = json!({ "name": name, "value": value, "source": source, "place": place });
+        assert_eq!(find(&all, &name), &expected);
+    }
+    // They take effect: option, variable, file.
+    let serve = |variables: &[(&str, &str)], args: &[&str]| {
+        let mut command =
+            world.command(&[&["--settings", &file, "serve", "--json"], args].concat());
+        command.envs(variables.iter().copied());
+        let mut service = Running::start(command);
+        let lines = service.lines();
+        let mut text = String::new();
+        while serde_json::from_str::<Value>(&text).is_err() {
+            text.push_str(&lines.recv().unwrap());
+        }
+        service.terminate();
+        service.wait().assert(0);
+        let told: Value = serde_json::from_str(&text).unwrap();
+        told["endpoint"].as_str().unwrap().rsplit_once(':').unwrap().0.to_owned()
+    };
+    let file_text = "[serve]\nlisten = '127.0.0.1:0'\nbase-host = 'file.example'\n";
+    fs::write(&file, file_text).unwrap();
+    let variable = [("ENVELOG_SERVE_BASE_HOST", "variable.example")];
+    assert_eq!(serve(&[], &[]), "http://file.example");
+    assert_eq!(serve(&variable, &[]), "http://variable.example");
+    assert_eq!(serve(&variable, &["--base-host", "option.example"]), "http://option.example");
+    for (text, sentence) in [
+        (
+            "[serve]\nlissten = 'x'\n",
+            "settings.toml:2: there is no setting serve.lissten; is listen meant?",
+        ),
+        ("[serve]\nstore = 'x'\n", "settings.toml:2: there is no setting serve.store"),
+        ("listen = '127.0.0.1:1'\n", "settings.toml:1: there is no setting listen"),
+        ("[serve]\nlisten = 'nowhere'\n", "settings.toml:2: invalid value 'nowhere'"),
+        ("[server]\nlisten = 'x'\n", "settings.toml:1: "),
+        ("[serve.more]\nlisten = 'x'\n", "settings.toml:1: "),
+    ] {
+        fs::write(&file, text).unwrap();
+        // Also for a command that is not `serve`.
+        for command in ["serve", "list"] {
+            let said = world.refused(2, &["--settings", &file, command]);
+            assert!(said.contains(sentence), "{text}: {said}");
+        }
+    }
+    // A certificate without its key.
+    let args = ["serve", "--listen", "127.0.0.1:0", "--tls-cert", "chain.pem"];
+    assert!(world.refused(2, &args).contains("--tls-key"));
+    let wrong = run(&world, &[("ENVELOG_SERVE_LISTEN", "nowhere")], &["serve"]);
+    assert!(wrong.sentence(2).contains("ENVELOG_SERVE_LISTEN"));
 }
 
 #[test]

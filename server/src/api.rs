@@ -7,10 +7,12 @@ use hyper::Method;
 use serde_json::Value;
 
 use crate::{
-    auth::{Caller, Right},
+    admin,
+    auth::{Caller, Right, Use},
     call::Call,
     console::View,
     cursors::{self, shard_of},
+    encryption,
     error::{ApiError, Result},
     groups, logstores, pull,
     put::{self, Head},
@@ -26,6 +28,7 @@ const JSON_BYTES_MAX: usize = 64 << 10;
 /// The calls.
 #[derive(Debug)]
 enum Action {
+    Administer,
     CreateProject,
     ListProjects,
     GetProject,
@@ -35,6 +38,7 @@ enum Action {
     ListLogstores,
     GetLogstore(String),
     UpdateLogstore(String),
+    UpdateEncryption(String),
     DeleteLogstore(String),
     ListShards(String),
     ChangeShard(String, String),
@@ -62,6 +66,11 @@ impl Plan {
     /// 400 if the service has no such call, and 401 if the caller may not do it.
     pub(crate) fn of(call: &Call, caller: &Caller) -> Result<Self> {
         let (action, right) = action_of(call)?;
+        if matches!(action, Action::Administer) {
+            // Its Logstore is in the body.
+            admin::check_caller(caller)?;
+            return Ok(Self { action, project: String::new() });
+        }
         if matches!(action, Action::CreateProject | Action::ListProjects | Action::Console(_)) {
             // Their projects are not in the host: they check the right themselves.
             return Ok(Self { action, project: String::new() });
@@ -74,10 +83,16 @@ impl Plan {
         Ok(Self { action, project })
     }
 
+    /// What the limits of an access key count it as.
+    pub(crate) fn counts_as(&self) -> Use {
+        if let Action::Put(..) = self.action { Use::Write } else { Use::Other }
+    }
+
     /// The longest body that the call may have, in bytes.
     pub(crate) fn body_max(&self) -> usize {
         match &self.action {
             Action::Put(_, head) => head.body_max(),
+            Action::Administer => admin::BODY_BYTES_MAX,
             _ => JSON_BYTES_MAX,
         }
     }
@@ -113,6 +128,7 @@ impl Plan {
         }
         check(&body)?;
         match self.action {
+            Action::Administer => admin::begin(service, caller, &call, &body).await,
             Action::CreateProject => logstores::create_project(service, caller, &body).await,
             Action::ListProjects => logstores::list_projects(service, caller, &call),
             Action::Console(view) => view.answer(service, caller, &call).await,
@@ -168,6 +184,9 @@ impl Plan {
                 let sent = logstores::Sent::parse(&body)?;
                 open.run(move |it| logstores::update(&service, &caller, it, sent)).await
             }
+            Action::UpdateEncryption(_) => {
+                open.run(move |it| encryption::update(&service, &caller, it, &body)).await
+            }
             Action::DeleteLogstore(_) => open.run(move |it| logstores::delete(&service, it)).await,
             Action::Cursor(_, shard) => {
                 let shard = shard_of(&open.logstore, &shard)?;
@@ -205,6 +224,7 @@ impl Action {
         match self {
             Self::GetLogstore(name)
             | Self::UpdateLogstore(name)
+            | Self::UpdateEncryption(name)
             | Self::DeleteLogstore(name)
             | Self::ListShards(name)
             | Self::ChangeShard(name, _)
@@ -231,6 +251,7 @@ fn action_of(call: &Call) -> Result<(Action, Right)> {
         ("GET", []) => (Action::GetProject, Right::Look),
         ("PUT", []) => (Action::UpdateProject, Right::Admin),
         ("DELETE", []) => (Action::DeleteProject, Right::Admin),
+        ("POST", ["admin"]) if call.project.is_none() => (Action::Administer, Right::Admin),
         ("POST", ["logstores"]) => (Action::CreateLogstore, Right::Admin),
         ("GET", ["logstores"]) => (Action::ListLogstores, Right::Look),
         ("GET", ["console", "api", view]) => {
@@ -264,6 +285,7 @@ fn below_logstore(
 ) -> Result<(Action, Right)> {
     let name = name.to_owned();
     Ok(match (method, rest) {
+        ("PUT", ["encryption"]) => (Action::UpdateEncryption(name), Right::Admin),
         ("GET", ["shards"]) => (Action::ListShards(name), Right::Look),
         ("POST", ["shards", "lb"]) => (Action::Put(name, Head::parse(call, false)?), Right::Write),
         ("POST", ["shards", "route"]) => {

@@ -4,7 +4,7 @@ use std::{
     convert::Infallible,
     net::SocketAddr,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -96,6 +96,9 @@ async fn call(service: &Arc<Service>, request: Request<Incoming>) -> Result<Answ
         let call = Call::new(parts, &service.base_host)?;
         let (caller, digest) = authenticate(&call, service.keys.as_ref(), SystemTime::now())?;
         let plan = Plan::of(&call, &caller)?;
+        caller.spend(plan.counts_as(), Instant::now()).inspect_err(|_| {
+            service.counters.limited();
+        })?;
         Ok((call, caller, digest, plan))
     })();
     let read = match head {
@@ -113,7 +116,10 @@ async fn call(service: &Arc<Service>, request: Request<Incoming>) -> Result<Answ
             return Err(refusal);
         }
     };
-    plan.run(service, &caller, call, bytes, move |body| digest.check(body)).await
+    caller.owe(bytes.len() as u64, Instant::now());
+    let answer = plan.run(service, &caller, call, bytes, move |body| digest.check(body)).await?;
+    caller.owe(answer.body.left(), Instant::now());
+    Ok(answer)
 }
 
 /// Reads a body into memory that is accounted for.

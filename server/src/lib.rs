@@ -23,12 +23,15 @@
 
 #![deny(missing_docs, unsafe_code)]
 
+mod admin;
 mod api;
 mod auth;
 mod call;
+pub mod client;
 mod compression;
 mod console;
 mod cursors;
+mod encryption;
 mod error;
 mod groups;
 mod http;
@@ -47,6 +50,7 @@ mod shards;
 mod state;
 mod tls;
 
+pub use admin::{AdminCommand, AdminOutput, Administration};
 pub use auth::KeysError;
 pub use server::{ServeError, Server, ServerBuilder};
 pub use state::StateError;

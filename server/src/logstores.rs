@@ -73,6 +73,21 @@ impl Sent {
         Ok(Self { fields, ..sent })
     }
 
+    /// An update of the encryption alone.
+    ///
+    /// # Errors
+    /// As [`Sent::parse`].
+    pub(crate) fn of_encryption(conf: &Value, revision: Option<u64>) -> Result<Self> {
+        Ok(Self {
+            name: None,
+            ttl_days: None,
+            shard_count: None,
+            encrypt_conf: Some(encrypt_conf(conf)?),
+            revision,
+            fields: Map::new(),
+        })
+    }
+
     /// # Errors
     /// 400 if the time to live is out of range.
     fn ttl(&self) -> Result<Option<Option<u32>>> {

@@ -19,6 +19,7 @@ pub(crate) struct Counters {
     answered: AtomicU64,
     refused: AtomicU64,
     failed: AtomicU64,
+    limited: AtomicU64,
     connections: AtomicU64,
 }
 
@@ -53,6 +54,11 @@ impl Counters {
         })
     }
 
+    /// A call was refused by the limits of its access key.
+    pub(crate) fn limited(&self) {
+        self.limited.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(crate) fn connection(&self) -> Connection<'_> {
         self.connections.fetch_add(1, Ordering::Relaxed);
         Connection(&self.connections)
@@ -83,6 +89,12 @@ pub(crate) fn text(service: &Service) -> String {
         "counter",
         "Calls failed with a status of 5xx.",
         read(&counters.failed),
+    );
+    add(
+        "envelog_serve_limited",
+        "counter",
+        "Calls refused by the limits of their access key.",
+        read(&counters.limited),
     );
     add("envelog_serve_connections", "gauge", "Open connections.", read(&counters.connections));
     add(

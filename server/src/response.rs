@@ -13,6 +13,7 @@ use hyper::{
     header::{CONTENT_TYPE, HeaderName, HeaderValue},
 };
 use serde::Serialize;
+use tokio::sync::mpsc::Receiver;
 
 use crate::memory::Memory;
 
@@ -26,6 +27,8 @@ pub(crate) struct Chunks {
     chunks: VecDeque<Bytes>,
     left: u64,
     memory: Option<Memory>,
+    /// Pieces that are still to be made.
+    coming: Option<Receiver<Bytes>>,
 }
 
 impl Chunks {
@@ -33,7 +36,17 @@ impl Chunks {
         let chunks: VecDeque<Bytes> =
             chunks.into_iter().filter(|chunk| !chunk.is_empty()).collect();
         let left = chunks.iter().map(|chunk| chunk.len() as u64).sum();
-        Self { chunks, left, memory: None }
+        Self { chunks, left, ..Self::default() }
+    }
+
+    /// A body whose pieces are made while it is sent.
+    pub(crate) fn coming(pieces: Receiver<Bytes>) -> Self {
+        Self { coming: Some(pieces), ..Self::default() }
+    }
+
+    /// The bytes that are left, as far as they are known.
+    pub(crate) fn left(&self) -> u64 {
+        self.left
     }
 }
 
@@ -43,8 +56,11 @@ impl Body for Chunks {
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
-        _context: &mut Context<'_>,
+        context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        if let Some(coming) = &mut self.coming {
+            return coming.poll_recv(context).map(|piece| piece.map(|it| Ok(Frame::data(it))));
+        }
         let Some(chunk) = self.chunks.pop_front() else {
             self.memory = None;
             return Poll::Ready(None);
@@ -54,11 +70,14 @@ impl Body for Chunks {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.chunks.is_empty()
+        self.chunks.is_empty() && self.coming.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.left)
+        match self.coming {
+            Some(_) => SizeHint::default(),
+            None => SizeHint::with_exact(self.left),
+        }
     }
 }
 

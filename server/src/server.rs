@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use envelog::Store;
@@ -25,6 +25,7 @@ use tokio::{
 use tokio_io_timeout::TimeoutStream;
 
 use crate::{
+    admin::{Admin, Administration},
     auth::{AccessKeys, KeysError},
     console::Console,
     groups::Groups,
@@ -102,6 +103,7 @@ pub struct ServerBuilder {
     memory_max: usize,
     connections_max: usize,
     drain: Duration,
+    administration: Option<Arc<dyn Administration>>,
 }
 
 impl ServerBuilder {
@@ -174,6 +176,14 @@ impl ServerBuilder {
         self
     }
 
+    /// The administrative commands that callers with the permission may send to `POST /admin`. By
+    /// default there are none.
+    #[must_use]
+    pub fn administration(mut self, commands: Arc<dyn Administration>) -> Self {
+        self.administration = Some(commands);
+        self
+    }
+
     /// Listens on `address`, after all checks that need no store. Clients can connect from now on;
     /// [`Server::run`] serves them. Blocks for file I/O.
     ///
@@ -188,10 +198,11 @@ impl ServerBuilder {
             None => None,
         };
         let failed = |source| ServeError::Listen { address, source };
+        let began = SystemTime::now();
         let listener = net::TcpListener::bind(address).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        Ok(Server { settings: self, keys, tls, listener, address })
+        Ok(Server { settings: self, keys, tls, listener, address, began })
     }
 
     fn check(&self, address: SocketAddr) -> Result<(), ServeError> {
@@ -234,6 +245,8 @@ pub struct Server {
     tls: Option<Arc<Tls>>,
     listener: net::TcpListener,
     address: SocketAddr,
+    /// When clients could connect.
+    began: SystemTime,
 }
 
 impl Server {
@@ -249,6 +262,7 @@ impl Server {
             memory_max: 256 << 20,
             connections_max: 16_384,
             drain: Duration::from_secs(30),
+            administration: None,
         }
     }
 
@@ -270,9 +284,9 @@ impl Server {
     /// # Errors
     /// [`ServeError::State`] or [`ServeError::Engine`] if the state of the service cannot be read.
     pub async fn run(self, store: Store, stop: impl Future<Output = ()>) -> Result<(), ServeError> {
-        let Self { settings, keys, tls, listener, address } = self;
+        let Self { settings, keys, tls, listener, address, began } = self;
         let (stopping, is_stopping) = watch::channel(false);
-        let service = Arc::new(open(&settings, keys, store, is_stopping)?);
+        let service = Arc::new(open(&settings, keys, store, began, is_stopping)?);
         let failed = |source| ServeError::Listen { address, source };
         let listener = TcpListener::from_std(listener).map_err(failed)?;
         let refreshing = tokio::spawn(refresh(Arc::clone(&service), tls.clone()));
@@ -308,6 +322,7 @@ fn open(
     settings: &ServerBuilder,
     keys: Option<AccessKeys>,
     store: Store,
+    began: SystemTime,
     stopping: watch::Receiver<bool>,
 ) -> Result<Service, ServeError> {
     let state = StateDir::open(settings.state_path(&store))?;
@@ -327,6 +342,7 @@ fn open(
         memory: Budget::new(settings.memory_max),
         counters: Counters::default(),
         console: Console::default(),
+        admin: Admin::new(settings.administration.clone(), began),
         stopping,
         open: OpenLogstores::default(),
     })

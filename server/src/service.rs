@@ -12,6 +12,7 @@ use tokio::{
 };
 
 use crate::{
+    admin::Admin,
     auth::AccessKeys,
     console::Console,
     error::{ApiError, Result},
@@ -39,6 +40,7 @@ pub(crate) struct Service {
     pub(crate) memory: Budget,
     pub(crate) counters: Counters,
     pub(crate) console: Console,
+    pub(crate) admin: Admin,
     /// Becomes true when the service is to stop.
     pub(crate) stopping: watch::Receiver<bool>,
     pub(crate) open: OpenLogstores,

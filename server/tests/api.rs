@@ -7,11 +7,19 @@ mod common;
 use std::{
     io::{Read, Write},
     net::TcpStream,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
-use common::{Ask, World, group, keys, pull_target, write_keys};
-use envelog_server::{Server, ServerBuilder};
+use common::{Answer, Ask, World, group, keys, pull_target, write_keys};
+use envelog::{LogstoreName, Store};
+use envelog_server::{
+    AdminCommand, AdminOutput, Administration, Server, ServerBuilder,
+    client::{Key, Method, nonce, sign},
+};
 use jiff::SignedDuration;
 use serde_json::{Value, json};
 
@@ -530,6 +538,190 @@ fn logs_are_found_by_time_and_words() {
     assert_eq!(total, 2);
     let query = query.replace("histogram", "log");
     assert_eq!(world.ok("GET", &query, &NULL).json().as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn encryption_is_updated_alone_and_its_fixed_parts_are_kept() {
+    let world = World::new();
+    let (_, byok) = world.byok();
+    world.create("service", &json!({ "enable": true, "encrypt_type": "sm4" }));
+    world.create("byok", &byok);
+    world.create("none", &NULL);
+    let put = |logstore: &str, body: Value| {
+        world.call("PUT", &format!("/logstores/{logstore}/encryption"), &body)
+    };
+    let conf = |logstore: &str| {
+        let got = world.ok("GET", &format!("/logstores/{logstore}"), &NULL).json();
+        got.get("encrypt_conf").cloned().unwrap_or_default()
+    };
+    let cmk = &byok["user_cmk_info"];
+    let info =
+        json!({ "keyId": cmk["cmk_key_id"], "roleArn": cmk["arn"], "regionId": cmk["region_id"] });
+    let others = json!({ "keyId": "another", "roleArn": cmk["arn"], "regionId": cmk["region_id"] });
+    // Neither method, nor algorithm, nor key can be switched.
+    for (logstore, body, status, code) in [
+        ("service", json!({ "enable": true, "userCmkInfo": info }), 400, "ParameterInvalid"),
+        ("service", json!({ "enable": true, "encryptType": "default" }), 400, "ParameterInvalid"),
+        ("byok", json!({ "enable": false, "userCmkInfo": others }), 400, "ParameterInvalid"),
+        ("byok", json!({ "enable": false, "revision": 99 }), 400, "ParameterInvalid"),
+        ("none", json!({ "enable": true }), 400, "LogStoreInfoInvalid"),
+        ("none", json!({ "enable": true, "encryptType": "rot13" }), 400, "LogStoreInfoInvalid"),
+        ("none", json!({ "enable": true, "encrypt_type": "sm4" }), 400, "PostBodyInvalid"),
+        ("missing", json!({ "enable": false }), 404, "LogStoreNotExist"),
+    ] {
+        let before = (conf("service"), conf("byok"), conf("none"));
+        let answer = put(logstore, body.clone());
+        assert_eq!((answer.status, &*answer.code()), (status, code), "{logstore} {body}");
+        assert_eq!((conf("service"), conf("byok"), conf("none")), before, "{logstore} {body}");
+    }
+    for enable in [false, true] {
+        assert_eq!(put("service", json!({ "enable": enable })).status, 200);
+        assert_eq!(conf("service"), json!({ "enable": enable, "encrypt_type": "sm4" }));
+        let whole = json!({ "enable": enable, "encryptType": "sm4", "userCmkInfo": info });
+        assert_eq!(put("byok", whole).status, 200);
+        assert_eq!(
+            (&conf("byok")["enable"], &conf("byok")["user_cmk_info"]),
+            (&json!(enable), cmk)
+        );
+    }
+    let revision = world.ok("GET", "/logstores/none", &NULL).json()["revision"].clone();
+    let new =
+        json!({ "enable": true, "encryptType": "sm4", "userCmkInfo": info, "revision": revision });
+    // A role may be passed only by who may pass it.
+    let ask = Ask::new("PUT", "/logstores/none/encryption").json(new.to_string());
+    assert_eq!(ask.by("admin").refused(&world, 401), "Unauthorized");
+    assert_eq!(put("none", new.clone()).status, 200);
+    assert_eq!(conf("none"), byok);
+    assert_eq!(put("none", new).status, 400, "the revision is outdated");
+}
+
+#[test]
+fn a_key_over_its_limits_waits_and_others_do_not() {
+    let world = World::new();
+    world.create("one", &NULL);
+    let with_limits = |limits: Value| {
+        let mut keys = keys();
+        for id in [1, 2] {
+            keys["keys"][id]["limits"] = limits.clone();
+        }
+        write_keys(&world.keys_path(), &keys);
+    };
+    // The service looks for new limits every second.
+    let in_the_end = |ask: &Ask, wanted: &dyn Fn(&Answer) -> bool| loop {
+        let answer = ask.send(&world);
+        if wanted(&answer) {
+            return answer;
+        }
+    };
+    with_limits(json!({ "requests_per_s": 1 }));
+    let list = Ask::new("GET", "/logstores/one/shards").by("reader");
+    let refused = in_the_end(&list, &|answer| answer.status == 403);
+    assert_eq!((&*refused.code(), refused.header("retry-after")), ("ReadQuotaExceed", "1"));
+    let put = Ask::put("one", group("x")).by("writer");
+    let refused = in_the_end(&put, &|answer| answer.status == 403);
+    assert_eq!(refused.code(), "WriteQuotaExceed");
+    // Neither another key, nor a call whose signature is wrong.
+    assert!((0..5).all(|_| list.clone().by("root").send(&world).status == 200));
+    let forged = Ask { secret: "a guess".to_owned(), ..list.clone() };
+    assert_eq!(forged.refused(&world, 401), "SignatureNotMatch");
+
+    // The body of one put is more than the allowance of a minute.
+    with_limits(json!({ "bytes_per_s": 1000 }));
+    let large = Ask::put("one", group(&"x".repeat(100_000))).by("writer");
+    let refused = in_the_end(&large, &|answer| {
+        answer.status == 403 && answer.header("retry-after").len() > 1
+    });
+    assert_eq!(refused.code(), "WriteQuotaExceed");
+    let get = Ask::new("GET", "/metrics").send(&world).text();
+    let limited =
+        get.lines().find(|line| line.starts_with("envelog_serve_limited_total ")).unwrap();
+    let limited: u64 = limited.rsplit_once(' ').unwrap().1.parse().unwrap();
+    assert!(limited >= 3, "{limited}");
+}
+
+#[test]
+fn a_service_without_commands_administers_nothing() {
+    let world = World::new();
+    let ask = Ask { host: "sls.local".to_owned(), ..Ask::new("POST", "/admin").json("{}") };
+    assert_eq!(ask.refused(&world, 400), "NotSupported");
+    assert_eq!(ask.clone().by("reader").refused(&world, 401), "Unauthorized");
+    // It is a path of the service, not of a project.
+    assert_eq!(Ask::new("POST", "/admin").json("{}").refused(&world, 400), "NotSupported");
+}
+
+/// Lets the commands end that wait.
+static GO: AtomicBool = AtomicBool::new(false);
+
+#[derive(Debug)]
+struct Echo;
+
+impl Administration for Echo {
+    fn command(&self, body: &[u8]) -> Result<Box<dyn AdminCommand>, String> {
+        Ok(Box::new(EchoCommand(String::from_utf8(body.to_vec()).map_err(|it| it.to_string())?)))
+    }
+}
+
+/// Answers with its body, and waits if that says so.
+struct EchoCommand(String);
+
+impl AdminCommand for EchoCommand {
+    fn logstore(&self) -> Option<LogstoreName> {
+        None
+    }
+
+    fn roles(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn describe(&self) -> String {
+        "echo".to_owned()
+    }
+
+    fn run(self: Box<Self>, _: &Store, output: AdminOutput) {
+        output.send(&self.0);
+        while self.0.contains("wait") && !GO.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+#[test]
+fn commands_need_a_fresh_signature_of_version_4_and_their_number_is_limited() {
+    let world = World::with(|builder| builder.administration(Arc::new(Echo)));
+    // A service admits what was signed after the second in which it started.
+    std::thread::sleep(Duration::from_millis(1100));
+    let ask = Ask { host: "sls.local".to_owned(), ..Ask::new("POST", "/admin").json("{}") };
+    let refused = ask.send(&world);
+    assert!(refused.status == 401 && refused.text().contains("version 4"), "{}", refused.text());
+    let signed = |body: &str| {
+        let key = Key { id: "root".to_owned(), secret: common::secret("root").into() };
+        let (method, now) = (Method::POST, std::time::SystemTime::now());
+        let headers =
+            sign(&key, &method, "sls.local", "/admin", &nonce().unwrap(), body.as_bytes(), now);
+        let headers: Vec<_> =
+            headers.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        Ask { body: body.as_bytes().to_vec(), ..ask.clone() }.raw(&headers)
+    };
+    let answer = common::exchange(world.address, &signed("\"one\""));
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert!(answer.text().contains("\"one\"\n"), "{}", answer.text());
+    let waiting: Vec<_> = (0..4)
+        .map(|_| {
+            let mut stream = TcpStream::connect(world.address).unwrap();
+            stream.write_all(&signed("\"wait\"")).unwrap();
+            let mut first = [0; 12];
+            stream.read_exact(&mut first).unwrap();
+            assert_eq!(&first, b"HTTP/1.1 200");
+            stream
+        })
+        .collect();
+    let refused = common::exchange(world.address, &signed("\"five\""));
+    assert_eq!((refused.status, &*refused.code()), (503, "ServerBusy"));
+    // Other calls go on, and a command frees its place at its end, also without its client.
+    world.ok("POST", "/", &json!({ "projectName": "app" }));
+    drop(waiting);
+    GO.store(true, Ordering::Relaxed);
+    while common::exchange(world.address, &signed("\"six\"")).status != 200 {}
 }
 
 #[test]

@@ -35,7 +35,7 @@ use crate::{
     config::{LogstoreConfig, LogstoreName, LogstoreSpec},
     ids::StoreId,
     key_status::KeyStatus,
-    keys::AuditRecord,
+    keys::{AuditEvent, AuditRecord},
     kms::Cmk,
     logstore::{Logstore, LogstoreShared},
     metrics::StoreMetrics,
@@ -663,6 +663,21 @@ impl Admin<'_> {
         progress: &mut dyn FnMut(CopyProgress),
     ) -> Result<BackupReport> {
         backup::backup(self.open.core(), dir.as_ref(), options, progress)
+    }
+
+    /// Records in the key audit log that a caller has asked for an administrative command, with
+    /// [`AuditEvent::CommandReceived`](crate::audit::AuditEvent::CommandReceived). A service that
+    /// takes such commands from others calls this before it does one: the engine's own records
+    /// know only the process. `detail` names the caller and the command; of more than 8 KiB, the
+    /// rest is left out. Blocks for file I/O: the record is durable when this returns.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`]; [`Error::ServiceKey`]; [`Error::Io`], and the integrity errors of the
+    /// end of the log.
+    pub fn record_command(&self, detail: &str) -> Result<()> {
+        let Core { keys, registry, .. } = self.open.core();
+        registry.check_writable()?;
+        keys.audit().record(AuditEvent::CommandReceived, None, detail)
     }
 
     /// The state of the anchor.

@@ -8,7 +8,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use comfy_table::Cell;
 use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, ErrorKind, Logstore, LogstoreName,
     LogstoreSpec, ReadOptions, Store, StoreOptions,
@@ -25,7 +24,7 @@ use crate::{
     exit::{Failure, Result, Status, both},
     input, interrupt,
     lines::{self, CONTENT},
-    output::{self, Progress},
+    output::{self, Cell, Progress},
     setup::{Setup, builder},
 };
 

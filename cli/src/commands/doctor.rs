@@ -7,7 +7,6 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use comfy_table::Cell;
 use envelog::{
     Cmk, Error, ErrorKind, KeyState, KeyStatus, Logstore, LogstoreName, ProbeMode, Store,
     admin::BackupRecord, crypto::memory_lock_status,
@@ -18,7 +17,7 @@ use serde::Serialize;
 use crate::{
     args::DoctorArgs,
     exit::{Failure, Result, Status, both},
-    output,
+    output::{self, Cell},
     setup::{Setup, names},
     values::show_duration,
 };

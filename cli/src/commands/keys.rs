@@ -9,7 +9,6 @@ use std::{
     path::Path,
 };
 
-use comfy_table::Cell;
 use envelog::{
     EncryptConf, LogstoreName,
     admin::{CmkVersionUsage, KeyNeed, Recoverable, ReplaceCmk, RewrapOptions, RewrapReport},
@@ -20,12 +19,13 @@ use envelog::{
 };
 use serde::Serialize;
 
-use super::confirm;
+use super::{Target, confirm};
 use crate::{
     args::{KeysCommand, RewrapArgs},
+    call::Call,
     exit::{Failure, Result, Status, both},
     input,
-    output::{self, Progress},
+    output::{self, Cell, Progress},
     setup::{self, Setup, name},
 };
 
@@ -75,35 +75,39 @@ struct RecoverableFound<'a> {
     found: &'a [Recoverable],
 }
 
-pub(crate) fn run(setup: &Setup, command: KeysCommand) -> Result {
+pub(crate) fn run(target: Target, command: KeysCommand) -> Result {
     match command {
-        KeysCommand::RotateData(args) => rotate_data(setup, &args.name),
-        KeysCommand::Rewrap(args) => match &args.name {
-            Some(name) => rewrap_one(setup, name),
-            None => rewrap_all(setup, args),
-        },
-        KeysCommand::Usage => usage(setup),
-        KeysCommand::RotateService => rotate_service(setup),
-        KeysCommand::Audit(args) if args.verify => verify_audit(setup, args.against.as_deref()),
-        KeysCommand::Audit(args) => match &args.out {
-            Some(out) => export_audit(setup, out),
-            None => audit(setup),
-        },
-        KeysCommand::Backup(args) => backup(setup, &args.out),
+        KeysCommand::RotateData(args) => target.call(Call::RotateData(args)),
+        KeysCommand::Rewrap(args) => target.call(Call::Rewrap(args)),
+        KeysCommand::Usage => target.call(Call::Usage),
+        KeysCommand::RotateService => target.call(Call::RotateService),
+        KeysCommand::Audit(args) => target.call(Call::audit(args)?),
+        KeysCommand::Backup(args) => backup(&target.here()?, &args.out),
         KeysCommand::Recover { without_keyring: _, expect, service_cmk } => {
-            recover(setup, expect.as_deref(), service_cmk.as_deref())
+            recover(&target.here()?, expect.as_deref(), service_cmk.as_deref())
         }
         KeysCommand::RewrapKeyring { service_cmk, plain: _ } => {
-            rewrap_keyring(setup, service_cmk.as_deref())
+            let service_cmk = service_cmk.as_deref().map(setup::cmk).transpose()?;
+            target.call(Call::RewrapKeyring { service_cmk })
         }
         KeysCommand::ReplaceCmk { name, encrypt_conf, keep_data_key } => {
-            replace_cmk(setup, &name, &encrypt_conf, keep_data_key)
+            let encrypt_conf = EncryptConf::from_json(&input::text_argument(&encrypt_conf)?)?;
+            target.call(Call::ReplaceCmk { name, encrypt_conf, keep_data_key })
         }
-        KeysCommand::Shred { name, versions, yes } => shred(setup, &name, &versions, yes),
+        KeysCommand::Shred { name, versions, yes } => {
+            target.call(Call::Shred { name, versions, yes })
+        }
     }
 }
 
-fn rotate_data(setup: &Setup, argument: &str) -> Result {
+pub(crate) fn rewrap(setup: &Setup, args: RewrapArgs) -> Result {
+    match &args.name {
+        Some(name) => rewrap_one(setup, name),
+        None => rewrap_all(setup, args),
+    }
+}
+
+pub(crate) fn rotate_data(setup: &Setup, argument: &str) -> Result {
     let name = name(argument)?;
     let store = setup.open()?;
     let version = store.keys().rotate_data_key(&name)?;
@@ -175,7 +179,7 @@ fn print_rewrapped(setup: &Setup, report: &RewrapReport) -> Result {
     ))
 }
 
-fn usage(setup: &Setup) -> Result {
+pub(crate) fn usage(setup: &Setup) -> Result {
     let usage = setup.open_read_only()?.keys().usage()?;
     if setup.json {
         return output::json(&usage);
@@ -261,7 +265,7 @@ fn destroy(safe: bool, needed_for: &[KeyNeed]) -> Cell {
     output::verdict(format!("no: {}", needs.join(", ")), false)
 }
 
-fn rotate_service(setup: &Setup) -> Result {
+pub(crate) fn rotate_service(setup: &Setup) -> Result {
     let store = setup.open()?;
     let mut progress: Option<Progress> = None;
     let done = store.keys().rotate_service_key_with(&mut |at| {
@@ -313,7 +317,7 @@ fn rotate_service(setup: &Setup) -> Result {
     ))
 }
 
-fn audit(setup: &Setup) -> Result {
+pub(crate) fn audit(setup: &Setup) -> Result {
     let records = setup.open_read_only()?.keys().audit_records()?;
     if setup.json {
         return output::json(&AuditLog { records });
@@ -331,14 +335,8 @@ fn audit(setup: &Setup) -> Result {
     output::print_wide_table(&table)
 }
 
-fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
-    let against = match against {
-        Some(path) => {
-            Some(AuditMark::of_export(&String::from_utf8_lossy(&input::read_file(path)?))?)
-        }
-        None => None,
-    };
-    let found = setup.open_read_only()?.keys().verify_audit(against.as_ref())?;
+pub(crate) fn verify_audit(setup: &Setup, against: Option<&AuditMark>) -> Result {
+    let found = setup.open_read_only()?.keys().verify_audit(against)?;
     let number = found.head.number;
     let printed = if setup.json {
         output::json(&found)
@@ -355,9 +353,9 @@ fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
     both(printed, verdict)
 }
 
-fn export_audit(setup: &Setup, out: &Path) -> Result {
+pub(crate) fn export_audit(setup: &Setup, out: &Path) -> Result {
     let export = setup.open_read_only()?.keys().export_audit()?;
-    write_new(out, export.text.as_bytes())?;
+    write_answer(out, export.text.as_bytes())?;
     if setup.json {
         return output::json(&AuditExported { audit: output::path(out), head: export.head });
     }
@@ -420,8 +418,7 @@ fn refuse_inside(store: &Path, out: &Path) -> Result {
     ))
 }
 
-fn rewrap_keyring(setup: &Setup, service_cmk: Option<&OsStr>) -> Result {
-    let cmk = service_cmk.map(setup::cmk).transpose()?;
+pub(crate) fn rewrap_keyring(setup: &Setup, cmk: Option<Cmk>) -> Result {
     let store = setup.open()?;
     store.keys().rewrap_keyring(cmk.clone())?;
     setup.close(store)?;
@@ -525,9 +522,13 @@ fn expected_keys(path: &Path) -> Result<BTreeMap<LogstoreName, Cmk>> {
     })
 }
 
-fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &OsStr, keep_data_key: bool) -> Result {
+pub(crate) fn replace_cmk(
+    setup: &Setup,
+    argument: &str,
+    conf: EncryptConf,
+    keep_data_key: bool,
+) -> Result {
     let name = name(argument)?;
-    let conf = EncryptConf::from_json(&input::text_argument(encrypt_conf)?)?;
     let Some(cmk) = conf.user_cmk_info else {
         return Err(Failure::refused(
             "not_byok",
@@ -568,7 +569,7 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &OsStr, keep_data_ke
     ))
 }
 
-fn shred(setup: &Setup, argument: &str, versions: &[u32], yes: bool) -> Result {
+pub(crate) fn shred(setup: &Setup, argument: &str, versions: &[u32], yes: bool) -> Result {
     let name = name(argument)?;
     confirm(yes, &format!("destroying data keys of {name}, and the data they sealed,"))?;
     let store = setup.open()?;
@@ -582,9 +583,14 @@ fn shred(setup: &Setup, argument: &str, versions: &[u32], yes: bool) -> Result {
     ))
 }
 
+/// Writes the file that a command makes, or sends it to the caller whose command it is.
+pub(super) fn write_answer(path: &Path, bytes: &[u8]) -> Result {
+    if output::send_file(bytes) { Ok(()) } else { write_new(path, bytes) }
+}
+
 /// Durably writes a new file that only its owner may read and write. The name must be free: the
 /// function does not write through a link, or to a pipe or a device.
-pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result {
+pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> Result {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
     let mut file = options.open(path).map_err(|error| Failure::file("create", path, &error))?;

@@ -1,6 +1,6 @@
 //! `serve`.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use envelog::Store;
 use envelog_server::{ServeError, Server};
@@ -11,6 +11,7 @@ use crate::{
     args::ServeArgs,
     exit::{Failure, Result, Status, both},
     interrupt, output,
+    remote::Host,
     setup::Setup,
 };
 
@@ -22,7 +23,7 @@ const LAST_CALLS: Duration = Duration::from_secs(5);
 pub(crate) fn run(setup: &Setup, args: &ServeArgs) -> Result {
     interrupt::defer()?;
     // Refuse everything that needs no store to check before creating one.
-    let server = listen(args)?;
+    let server = listen(setup, args)?;
     let new_store = !setup.keyring.exists();
     let store = setup.builder().open_or_create()?;
     if new_store {
@@ -40,16 +41,20 @@ pub(crate) fn run(setup: &Setup, args: &ServeArgs) -> Result {
     both(served, setup.close(store))
 }
 
-fn listen(args: &ServeArgs) -> Result<Server> {
+fn listen(setup: &Setup, args: &ServeArgs) -> Result<Server> {
+    let host = Host::new(setup.clone(), args.backup_dir.clone());
     let mut builder = Server::builder()
-        .plain_http(args.plain_http)
+        .administration(Arc::new(host))
+        .plain_http(args.plain_http.unwrap_or(false))
         .base_host(&args.base_host)
         .region(&args.region);
     if let Some(keys) = &args.access_keys {
         builder = builder.access_keys(keys);
     }
-    if let (Some(certificate), Some(key)) = (&args.tls_cert, &args.tls_key) {
-        builder = builder.tls(certificate, key);
+    match (&args.tls_cert, &args.tls_key) {
+        (Some(certificate), Some(key)) => builder = builder.tls(certificate, key),
+        (None, None) => {}
+        _ => return Err(Failure::usage("--tls-cert and --tls-key are given together")),
     }
     Ok(builder.bind(args.listen)?)
 }

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use comfy_table::Cell;
 use envelog::{
     Cmk, Error, KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store,
     admin::{AcceptedLoss, AnchorStatus, DataKeyStatus, ReserveStatus, RetentionStatus},
@@ -17,7 +16,7 @@ use super::retain::SUSPENDED;
 use crate::{
     args::OptionalNameArgs,
     exit::{Failure, Result},
-    output,
+    output::{self, Cell},
     setup::{Setup, names},
 };
 

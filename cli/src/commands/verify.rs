@@ -1,7 +1,5 @@
 //! `verify`, `checkpoint`, `repair`.
 
-use std::path::Path;
-
 use envelog::{
     ErrorKind, LogstoreName,
     admin::{
@@ -13,10 +11,9 @@ use serde::Serialize;
 
 use super::{confirm, logstore, status::Unread};
 use crate::{
-    args::{OutArgs, RepairArgs, VerifyArgs},
-    commands::keys::write_new,
+    args::{OutArgs, RepairArgs},
+    commands::keys::write_answer,
     exit::{Failure, Result, Status, both, status_of},
-    input,
     output::{self, Progress},
     setup::{Setup, name},
 };
@@ -28,15 +25,15 @@ struct Written<'a> {
     failed: Vec<Unread<'a>>,
 }
 
-pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
-    let against = match &args.against {
-        Some(path) => Some(read_checkpoint(path)?),
-        None => None,
-    };
-    let logstore = args.name.as_deref().map(name).transpose()?;
+pub(crate) fn verify(
+    setup: &Setup,
+    argument: Option<&str>,
+    keyless: bool,
+    against: Option<Checkpoint>,
+) -> Result {
+    let logstore = argument.map(name).transpose()?;
     let store = setup.open_read_only()?;
-    let options =
-        VerifyOptions::default().logstore(logstore).keyless(args.keyless).against(against);
+    let options = VerifyOptions::default().logstore(logstore).keyless(keyless).against(against);
     let mut progress: Option<Progress> = None;
     let report = store.admin().verify(&options, &mut |at| {
         progress.get_or_insert_with(|| Progress::bytes(Some(at.bytes_total))).set(at.bytes);
@@ -99,15 +96,11 @@ fn others(all: usize, what: &str) -> String {
     }
 }
 
-fn read_checkpoint(path: &Path) -> Result<Checkpoint> {
-    Ok(Checkpoint::from_bytes(input::read_file(path)?))
-}
-
 pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
     let store = setup.open()?;
     let checkpoint = store.admin().checkpoint()?;
     setup.close(store)?;
-    write_new(&args.out, checkpoint.to_bytes())?;
+    write_answer(&args.out, checkpoint.to_bytes())?;
     let failed: Vec<_> = checkpoint
         .failed()
         .iter()

@@ -12,7 +12,7 @@ use clap::{
 };
 use toml::de::{DeTable, DeValue};
 
-use super::{has_secret, sentence, settings_in};
+use super::{SERVE, find_setting, has_secret, in_serve, sentence, settings_in, settings_of_serve};
 use crate::{
     exit::{self, Failure, Status},
     input,
@@ -45,13 +45,15 @@ impl SettingsFile {
 
     /// The command line with these settings as the defaults of its options.
     pub(super) fn defaults(&self, command: Command) -> Command {
-        self.entries.iter().fold(command, |command, entry| {
-            let id = settings_in(&command)
-                .find(|arg| arg.get_long() == Some(&entry.name))
-                .map(|arg| arg.get_id().clone());
-            match id {
-                Some(id) => command.mut_arg(id, |arg| arg.default_values(&entry.values)),
-                None => command,
+        self.entries.iter().fold(command, |command, Entry { name, values, .. }| {
+            let Some(id) = find_setting(name, &command).map(|arg| arg.get_id().clone()) else {
+                return command;
+            };
+            match name.contains('.') {
+                true => command.mut_subcommand(SERVE, |serve| {
+                    serve.mut_arg(id, |arg| arg.default_values(values))
+                }),
+                false => command.mut_arg(id, |arg| arg.default_values(values)),
             }
         })
     }
@@ -72,11 +74,21 @@ fn parse(text: &str, command: &Command) -> Result<Vec<Entry>, (usize, String)> {
         (line, format!("this is not TOML: {}", error.message()))
     })?;
     let mut entries = Vec::new();
-    for (key, value) in table.get_ref() {
-        let line = line_at(key.span());
-        let name = key.get_ref().to_string();
-        let values = values(&name, value.get_ref(), command).map_err(|why| (line, why))?;
+    let mut add = |name: String, key: Range<usize>, value: &DeValue<'_>| {
+        let line = line_at(key);
+        let values = values(&name, value, command).map_err(|why| (line, why))?;
         entries.push(Entry { name, line, values });
+        Ok(())
+    };
+    for (key, value) in table.get_ref() {
+        match value.get_ref() {
+            DeValue::Table(table) if key.get_ref() == SERVE => {
+                for (key, value) in table {
+                    add(in_serve(key.get_ref()), key.span(), value.get_ref())?;
+                }
+            }
+            value => add(key.get_ref().to_string(), key.span(), value)?,
+        }
     }
     entries.sort_by_key(|entry| entry.line);
     Ok(entries)
@@ -84,8 +96,7 @@ fn parse(text: &str, command: &Command) -> Result<Vec<Entry>, (usize, String)> {
 
 /// The values of a setting, as on the command line, if they are valid.
 fn values(name: &str, value: &DeValue<'_>, command: &Command) -> Result<Vec<String>, String> {
-    let arg = settings_in(command).find(|arg| arg.get_long() == Some(name));
-    let arg = arg.ok_or_else(|| unknown(name, command))?;
+    let arg = find_setting(name, command).ok_or_else(|| unknown(name, command))?;
     let wrong = |what: &dyn Display| format!("{name} is {what}");
     let values = match (value, arg.get_action()) {
         (DeValue::Array(values), ArgAction::Append) => values
@@ -136,11 +147,15 @@ fn check(arg: &Arg, values: &[String]) -> Result<(), String> {
 
 /// The refusal of a name, with a similar name if there is one.
 fn unknown(name: &str, command: &Command) -> String {
-    let all = settings_in(command).cloned();
+    let (long, all): (&str, Vec<Arg>) =
+        match name.strip_prefix(SERVE).and_then(|it| it.strip_prefix('.')) {
+            Some(long) => (long, settings_of_serve(command).map(|(_, arg)| arg.clone()).collect()),
+            None => (name, settings_in(command).cloned().collect()),
+        };
     let parsed = Command::new("settings")
         .no_binary_name(true)
         .args(all)
-        .try_get_matches_from([format!("--{name}")]);
+        .try_get_matches_from([format!("--{long}")]);
     let similar = parsed.err().and_then(|error| match error.get(ContextKind::SuggestedArg) {
         Some(ContextValue::String(similar)) => Some(similar.trim_start_matches("--").to_owned()),
         _ => None,

@@ -10,10 +10,10 @@ use std::{
 };
 
 use rustix::fs::{Mode, OFlags};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 use zeroize::Zeroizing;
 
-use super::Right;
+use super::{Right, limits::Limiter};
 
 /// The largest file of access keys, in bytes.
 const FILE_BYTES_MAX: u64 = 4 << 20;
@@ -68,6 +68,13 @@ pub(crate) struct AccessKey {
     /// The roles that the caller may have the service use, with `*` for any text.
     #[serde(default)]
     pass_roles: Vec<String>,
+    /// What the caller may use. Without them there is no limit.
+    #[serde(default, rename = "limits", deserialize_with = "limiter")]
+    limiter: Arc<Limiter>,
+}
+
+fn limiter<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<Limiter>, D::Error> {
+    Limiter::deserialize(deserializer).map(Arc::new)
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Serialize, PartialEq, Eq)]
@@ -102,21 +109,31 @@ impl AccessKey {
         &self.allow
     }
 
-    fn allows(&self, right: Right) -> bool {
+    pub(super) fn limiter(&self) -> &Limiter {
+        &self.limiter
+    }
+
+    /// Whether it has the right in some project.
+    pub(crate) fn may_somewhere(&self, right: Right) -> bool {
+        self.has(right) && !self.projects.is_empty()
+    }
+
+    /// Whether it has the right in all projects, also in those to come.
+    pub(super) fn may_everywhere(&self, right: Right) -> bool {
+        self.has(right) && self.projects.iter().any(|pattern| pattern == "*")
+    }
+
+    pub(super) fn may(&self, right: Right, project: &str) -> bool {
+        self.has(right) && self.projects.iter().any(|pattern| matches(pattern, project))
+    }
+
+    fn has(&self, right: Right) -> bool {
         match right {
             Right::Read => self.allow.contains(&Allowed::Read),
             Right::Write => self.allow.contains(&Allowed::Write),
             Right::Admin => self.allow.contains(&Allowed::Admin),
             Right::Look => !self.allow.is_empty(),
         }
-    }
-
-    pub(super) fn may(&self, right: Right, project: &str) -> bool {
-        self.allows(right) && self.projects.iter().any(|pattern| matches(pattern, project))
-    }
-
-    pub(super) fn may_everywhere(&self, right: Right) -> bool {
-        self.allows(right) && self.projects.iter().any(|pattern| pattern == "*")
     }
 
     pub(super) fn may_pass(&self, arn: &str) -> bool {
@@ -191,7 +208,17 @@ impl AccessKeys {
         if stamp(&metadata) == known {
             return Ok(false);
         }
-        let new = read(&self.path)?;
+        let mut new = read(&self.path)?;
+        for (id, key) in &mut new.keys {
+            // A key whose limits are the same does not get a new allowance with each change of the
+            // file.
+            if let Some(known) = self.find(id)
+                && known.limiter.has_limits_of(&key.limiter)
+                && let Some(key) = Arc::get_mut(key)
+            {
+                key.limiter = Arc::clone(&known.limiter);
+            }
+        }
         *self.loaded.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = new;
         Ok(true)
     }
@@ -212,6 +239,16 @@ fn stamp(metadata: &std::fs::Metadata) -> Stamp {
 }
 
 fn read(path: &Path) -> Result<Loaded, KeysError> {
+    let (text, metadata) = read_text(path)?;
+    Ok(Loaded { keys: parse(path, &text)?, stamp: stamp(&metadata) })
+}
+
+/// Reads a JSON document with secrets.
+pub(crate) fn read_private<T: DeserializeOwned>(path: &Path) -> Result<T, KeysError> {
+    from_json(path, &read_text(path)?.0)
+}
+
+fn read_text(path: &Path) -> Result<(Zeroizing<Vec<u8>>, std::fs::Metadata), KeysError> {
     // Without O_NONBLOCK, opening a named pipe would wait for a writer.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = rustix::fs::open(path, flags, Mode::empty())
@@ -222,8 +259,15 @@ fn read(path: &Path) -> Result<Loaded, KeysError> {
     // One allocation, which is wiped: a vector that grows would leave copies behind.
     let mut text = Zeroizing::new(Vec::with_capacity(metadata.len() as usize + 1));
     (&file).take(metadata.len()).read_to_end(&mut text).map_err(io_error(path))?;
-    let keys = parse(path, &text)?;
-    Ok(Loaded { keys, stamp: stamp(&metadata) })
+    Ok((text, metadata))
+}
+
+fn from_json<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T, KeysError> {
+    serde_json::from_slice(text).map_err(|error| {
+        // The message of a type error would show the value, which may be a secret.
+        let why = format!("line {} column {} is not as expected", error.line(), error.column());
+        KeysError::Invalid { path: path.to_owned(), why }
+    })
 }
 
 fn check_file(path: &Path, metadata: &std::fs::Metadata) -> Result<(), KeysError> {
@@ -249,10 +293,7 @@ fn check_file(path: &Path, metadata: &std::fs::Metadata) -> Result<(), KeysError
 
 fn parse(path: &Path, text: &[u8]) -> Result<HashMap<String, Arc<AccessKey>>, KeysError> {
     let refuse = |why: String| KeysError::Invalid { path: path.to_owned(), why };
-    let document: Document = serde_json::from_slice(text).map_err(|error| {
-        // The message of a type error would show the value, which may be a secret.
-        refuse(format!("line {} column {} is not as expected", error.line(), error.column()))
-    })?;
+    let document: Document = from_json(path, text)?;
     let mut keys = HashMap::new();
     for key in document.keys {
         if key.id.is_empty() || key.id.contains([':', '/', ',']) || key.secret.is_empty() {
@@ -364,5 +405,29 @@ mod tests {
         fs::remove_file(&path).unwrap();
         keys.refresh().unwrap_err();
         assert!(keys.find("bb").is_some());
+    }
+
+    #[test]
+    fn a_change_of_the_file_gives_no_new_allowance() {
+        use crate::auth::Use;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys");
+        let with = |rate: u32, secret: &str| {
+            let text = KEYS.replace("\"s\"", &format!("\"{secret}\""));
+            text.replace("}]", &format!(", \"limits\": {{\"requests_per_s\": {rate}}}}}]"))
+        };
+        write(&path, &with(1, "s"), 0o600);
+        let keys = AccessKeys::load(&path).unwrap();
+        let (now, spend) = (std::time::Instant::now(), |now| {
+            keys.find("a").unwrap().limiter().spend(Use::Other, now)
+        });
+        spend(now).unwrap();
+        spend(now).unwrap_err();
+        write(&path, &with(1, "other"), 0o600);
+        assert!(keys.refresh().unwrap());
+        spend(now).unwrap_err();
+        write(&path, &with(2, "other"), 0o600);
+        assert!(keys.refresh().unwrap());
+        spend(now).unwrap();
     }
 }

@@ -1,13 +1,15 @@
 //! Who may do what: access keys, signatures and permissions.
 
 mod keys;
+mod limits;
 mod signature;
 
 pub use keys::KeysError;
-pub(crate) use keys::{AccessKey, AccessKeys};
-pub(crate) use signature::{BodyDigest, Signed};
+pub(crate) use keys::{AccessKey, AccessKeys, read_private};
+pub(crate) use limits::Use;
+pub(crate) use signature::{BodyDigest, Signed, sha256_hex, sign_v4};
 
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use crate::{
     call::Call,
@@ -78,6 +80,48 @@ impl Caller {
         match self {
             Self::Local => None,
             Self::Key(key) => Some(key),
+        }
+    }
+
+    /// # Errors
+    /// 401 if the caller's key does not have the right in all projects, also in those to come.
+    pub(crate) fn require_everywhere(&self, right: Right) -> Result<()> {
+        match self {
+            Self::Key(key) if !key.may_everywhere(right) => {
+                let message = format!(
+                    "this is about the whole store: it needs an access key with the permission \
+                     ({}) in the projects [\"*\"]",
+                    right.name()
+                );
+                Err(ApiError::unauthorized("Unauthorized", message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The id of the caller's key.
+    pub(crate) fn id(&self) -> &str {
+        match self {
+            Self::Local => "none",
+            Self::Key(key) => key.id(),
+        }
+    }
+
+    /// Counts a call, without its bytes, against the limits of the caller's key.
+    ///
+    /// # Errors
+    /// 403 if the key is over one of them.
+    pub(crate) fn spend(&self, what: Use, now: Instant) -> Result<()> {
+        match self {
+            Self::Local => Ok(()),
+            Self::Key(key) => key.limiter().spend(what, now),
+        }
+    }
+
+    /// Counts the bytes of a call or of its answer, for which later calls wait.
+    pub(crate) fn owe(&self, bytes: u64, now: Instant) {
+        if let Self::Key(key) = self {
+            key.limiter().owe(bytes, now);
         }
     }
 

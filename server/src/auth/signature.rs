@@ -134,6 +134,17 @@ impl Signed {
         Err(ApiError::unauthorized("SignatureNotMatch", message))
     }
 
+    /// How long a signature may be valid, from its time on, in seconds.
+    pub(crate) const VALID_S: u64 = SKEW_MAX.as_secs();
+
+    /// The time and the bytes of a signature of version 4.
+    pub(crate) fn of_version_4(self) -> Option<(i64, Vec<u8>)> {
+        match self.version {
+            Version::V4 { signature, date, .. } => Some((v4_time(&date)?, signature)),
+            Version::V1 { .. } => None,
+        }
+    }
+
     /// Checks the time of the signature against the clock.
     ///
     /// # Errors
@@ -267,6 +278,19 @@ fn v4(
     let mac = |key: Zeroizing<Vec<u8>>, part: &str| sha256_mac(&key, part.as_bytes()).into();
     let key = scope.split('/').fold(first, mac);
     sha256_mac(&key, to_sign.as_bytes())
+}
+
+/// The value of `Authorization` for a request, by version 4.
+pub(crate) fn sign_v4(call: &Call, key_id: &str, secret: &[u8]) -> String {
+    let date = call.header(DATE_HEADER).unwrap_or_default();
+    let digest = call.header(SHA256_HEADER).unwrap_or_default();
+    let scope = format!("{}/local", date.get(..8).unwrap_or_default());
+    let signature = v4(call, &call.host, date, &scope, digest, secret);
+    format!("{V4} Credential={key_id}/{scope}/{V4_SCOPE},Signature={}", hex(&signature))
+}
+
+pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
 }
 
 fn sha256_mac(key: &[u8], text: &[u8]) -> Vec<u8> {

@@ -74,6 +74,9 @@ pub enum AuditEvent {
     GivenUp,
     /// A store that has an anchor was opened for writing without it.
     OpenedWithoutAnchor,
+    /// A caller asked a service for an administrative command, which has not begun yet. The detail
+    /// names the caller and the command.
+    CommandReceived,
     /// The store was restored from a backup. The detail names the backup, the user of the process,
     /// and the time from which on records were left out.
     Restored,
