@@ -29,6 +29,9 @@ mod call;
 mod compression;
 mod cursors;
 mod error;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod groups;
 mod http;
 mod logstores;
@@ -42,6 +45,8 @@ mod query;
 mod response;
 mod server;
 mod service;
+#[cfg(test)]
+mod slow_clients;
 mod state;
 mod tls;
 
