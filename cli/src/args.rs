@@ -312,7 +312,8 @@ Examples:
     #[command(after_help = "\
 Examples:
   envelog bench /var/log/syslog --dir /mnt/data
-  envelog bench --seconds 1 --json | jq '.rows[] | select(.what == \"append\")'")]
+  envelog bench --seconds 1 --json | jq '.rows[] | select(.what == \"append\")'
+  envelog bench --serve --dir /mnt/data")]
     Bench(BenchArgs),
     /// Show the settings in force, and where each comes from
     #[command(after_help = "\
@@ -852,6 +853,14 @@ pub(crate) struct BenchArgs {
     /// Measure only the cost of payload hashes for appends
     #[arg(long)]
     pub(crate) payload_hash: bool,
+    /// Measure the log service over loopback, beside the engine alone
+    #[cfg(feature = "serve")]
+    #[arg(long, conflicts_with = "payload_hash")]
+    pub(crate) serve: bool,
+    /// Idle connections whose memory is measured
+    #[cfg(feature = "serve")]
+    #[arg(long, value_name = "N", default_value_t = 10_000, requires = "serve")]
+    pub(crate) connections: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

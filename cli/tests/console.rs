@@ -378,6 +378,31 @@ fn the_demo_shows_the_whole_story() {
     assert!(world.refused(1, &["demo", "/nowhere/at-all"]).contains("/nowhere/at-all"));
 }
 
+/// `envelog bench --serve` with its defaults measures 10,000 idle connections, whose memory is to
+/// stay below 200 MiB.
+#[cfg(feature = "serve")]
+#[test]
+fn the_bench_measures_the_service_beside_the_engine() {
+    const CONNECTIONS: u64 = 1000;
+    let world = World::new();
+    let connections = CONNECTIONS.to_string();
+    let args = ["bench", "--serve", "--dir", ".", "--seconds", "0.5", "--connections"];
+    let answer = world.json(&[&args[..], &[&connections, "--json"]].concat());
+    for (rows, names) in [("put", ["lz4", "plain"]), ("read", ["get_logs", "pull_logs"])] {
+        for (row, name) in answer[rows].as_array().unwrap().iter().zip(names) {
+            assert!(row["body"] == name || row["what"] == name, "{row}");
+            for field in ["mb_per_s", "engine_mb_per_s", "ratio"] {
+                assert!(row[field].as_f64().unwrap() > 0.0, "{row}");
+            }
+        }
+    }
+    let mib = |name: &str| answer["idle"][name].as_f64().unwrap();
+    let each = (mib("mib") - mib("before_mib")) / CONNECTIONS as f64;
+    assert!(mib("before_mib") + each * 10_000.0 < 200.0, "{answer}");
+    let left: Vec<_> = fs::read_dir(world.path("")).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
 #[test]
 fn the_bench_measures_what_it_says() {
     let world = World::new();

@@ -141,6 +141,8 @@ fn every_answer_and_every_error_is_valid() {
     checked.run("bench", &[&lines, "--dir", ".", "--seconds", "0.05"]);
     checked.run("settings", &[]);
     #[cfg(feature = "serve")]
+    checked.run("bench", &["--serve", "--dir", ".", "--seconds", "0.3", "--connections", "5"]);
+    #[cfg(feature = "serve")]
     serve(&checked);
 
     let seen: BTreeSet<String> = checked.validators.into_inner().into_keys().collect();

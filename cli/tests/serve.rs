@@ -3,8 +3,12 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "serve/first_steps.rs"]
+mod first_steps;
 #[path = "../../tests/common/python.rs"]
 mod python;
+#[path = "serve/sdks.rs"]
+mod sdks;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -138,11 +142,17 @@ fn the_sdk_does_everything_under_the_service_key_and_under_a_customers_key() {
 
 #[test]
 fn a_disabled_key_refuses_its_logstore_alone_and_comes_back() {
+    let refused = "403 KmsKeyRevoked";
+    a_disabled_key_refuses(refused, |served, conf| served.script("revoked.py", &[conf]));
+}
+
+/// `start` starts a client that answers to words, and that reports a refused call as `refused`.
+fn a_disabled_key_refuses(refused: &str, start: impl Fn(&Served, &str) -> Running) {
     let mut served = Served::new();
     let (key, conf) = byok(&served.world);
     served.stop();
     served.start();
-    let mut script = served.script("revoked.py", &[&conf.to_string()]);
+    let mut script = start(&served, &conf.to_string());
     let lines = script.lines();
     assert_eq!(next(&lines), "ready");
     let mut stdin = script.stdin.take().unwrap();
@@ -160,7 +170,7 @@ fn a_disabled_key_refuses_its_logstore_alone_and_comes_back() {
     // 500 ms between questions to the KMS, and its time-out of 1 s.
     sleep(Duration::from_secs(2));
     let (told, _) = ask("two");
-    assert_eq!(told["mine"], json!(["403 KmsKeyRevoked", "403 KmsKeyRevoked"]));
+    assert_eq!(told["mine"], json!([refused, refused]));
     assert_eq!(told["other"], json!(["one", "two"]));
 
     served.world.ok(&["kms", "enable", &key]);

@@ -93,12 +93,93 @@ fn main() {
         "2.5",
     ];
     write("values", texts(&values));
+    write("service", requests());
     // `arbitrary` interprets these bytes: very different bytes, of a few lengths.
     for (target, lens) in
         [("store", [20, 60, 150, 300]), ("model", [40, 120, 300, 600]), ("sm4", [45, 60, 90, 200])]
     {
         write(target, (1u64..).zip(lens).map(|(seed, len)| noise(seed, len)));
     }
+}
+
+/// Requests to the service: the form of the input, the head, and the body.
+fn requests() -> Vec<Vec<u8>> {
+    let put = "content-type: application/x-protobuf\nx-log-bodyrawsize:";
+    let group = b"\x0a\x17\x08\x80\xe2\xcf\xaa\x06\x12\x0f\x0a\x04text\x12\x07order 1";
+    let mut requests = Vec::new();
+    let mut add = |form: u8, head: &str, body: &[u8]| {
+        requests.push([&[form], head.as_bytes(), b"\n\n", body].concat());
+    };
+    for form in [1, 2] {
+        add(form, &format!("POST /logstores/one/shards/lb\n{put} 25"), group);
+        add(form, "GET /logstores/one/shards/0?type=cursor&from=begin", b"");
+    }
+    for head in [
+        "GET /?offset=0&size=10\nhost: sls.local",
+        "GET /logstores?offset=&size=&logstoreName=o",
+        "GET /logstores/one",
+        "GET /logstores/one/shards",
+        "GET /logstores/one/shards/0?type=cursor_time&cursor=MTIz",
+        "GET /logstores/one/shards/0?type=logs&cursor=MTIz&count=10&end_cursor=MTIz\naccept-encoding: lz4",
+        "GET /logstores/one?type=log&from=0&to=4294967295&query=order%20and%20not%20(%22a%20b%22%20or%20c)&reverse=True",
+        "GET /logstores/one?type=histogram&from=1&to=4294967295&query=*",
+        "GET /logstores/one/consumergroups",
+        "GET /logstores/one/consumergroups/g?shard=0",
+        "DELETE /logstores/one/consumergroups/g",
+        "DELETE /logstores/one",
+        "DELETE /",
+        "GET /metrics",
+    ] {
+        add(2, head, b"");
+    }
+    for (head, body) in [
+        ("POST /", r#"{"projectName":"new","description":"d"}"#),
+        ("PUT /", r#"{"description":"e"}"#),
+        (
+            "POST /logstores",
+            r#"{"logstoreName":"two","ttl":3,"shardCount":2,"encrypt_conf":{"enable":true,"encrypt_type":"sm4"}}"#,
+        ),
+        (
+            "PUT /logstores/one",
+            r#"{"ttl":3650,"revision":1,"encrypt_conf":{"enable":true,"encrypt_type":"default"}}"#,
+        ),
+        (
+            "POST /logstores/one/logs",
+            r#"{"from":0,"to":4294967295,"line":10,"offset":0,"query":"order 1","reverse":false}"#,
+        ),
+        (
+            "POST /logstores/one/consumergroups",
+            r#"{"consumerGroup":"h","timeout":6.0,"order":false}"#,
+        ),
+        ("PUT /logstores/one/consumergroups/g", r#"{"timeout":60,"order":true}"#),
+        ("POST /logstores/one/consumergroups/g?type=heartbeat&consumer=c", "[0]"),
+        (
+            "POST /logstores/one/consumergroups/g?type=checkpoint&consumer=c&forceSuccess=True",
+            r#"{"shard":0,"checkpoint":"MTIz"}"#,
+        ),
+    ] {
+        add(2, head, body.as_bytes());
+    }
+    for (name, form) in
+        [("lz4", Compression::Lz4), ("zstd", Compression::Zstd), ("deflate", Compression::None)]
+    {
+        let mut body = Vec::new();
+        fuzzing::compress(form, group, &mut body);
+        add(
+            2,
+            &format!(
+                "POST /logstores/one/shards/route?key={}\nx-log-compresstype: {name}\n{put} 25",
+                "0".repeat(32)
+            ),
+            &body,
+        );
+    }
+    let v4 = "authorization: SLS4-HMAC-SHA256 Credential=x/20231114/local/sls/aliyun_v4_request,Signature=00\nx-log-date: 20231114T221320Z\nx-log-content-sha256: e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    add(1, &format!("GET /logstores\n{v4}"), b"");
+    add(2, &format!("GET /logstores\n{v4}"), b"");
+    requests.push(b"\0GET http://app.sls.local/logstores HTTP/1.1\r\nHost: app.sls.local\r\nAuthorization: LOG x:AAAA\r\nDate: x\r\n\r\n".to_vec());
+    requests.push(b"\0POST / HTTP/1.1\r\nHost: sls.local\r\nTransfer-Encoding: chunked\r\nAuthorization: LOG x:AAAA\r\nDate: x\r\n\r\n2\r\n{}\r\n0\r\n\r\n".to_vec());
+    requests
 }
 
 fn segment_parts(segments: &[Vec<u8>]) {

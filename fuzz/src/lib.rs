@@ -10,6 +10,7 @@ mod documents;
 mod formats;
 mod golden;
 mod lives;
+mod service;
 mod sm4;
 mod store;
 
@@ -28,5 +29,6 @@ pub use documents::{
 pub use formats::{block, compression, footer, group, scan, scanned_header, segment_header};
 pub use golden::{GOLDEN, Golden, golden};
 pub use lives::model;
+pub use service::service;
 pub use sm4::sm4;
 pub use store::store;

@@ -42,13 +42,15 @@ pub(crate) async fn handle(
     request: Request<Incoming>,
 ) -> std::result::Result<Response<Chunks>, Infallible> {
     let id = request_id();
+    // The HTTP library keeps room for this future as long as a connection is open, idle ones
+    // included: the large ones are boxed.
     if request.method() == Method::GET
-        && let Some(answer) = operation(&service, peer, request.uri().path()).await
+        && let Some(answer) = Box::pin(operation(&service, peer, request.uri().path())).await
     {
         return Ok(answer.into_response(&id));
     }
     let of_console = console::owns(request.uri().path());
-    let answer = match call(&service, request).await {
+    let answer = match Box::pin(call(&service, request)).await {
         Ok(answer) => answer,
         Err(error) => {
             tracing::info!(id, code = error.code, status = error.status.as_u16(), "refused");
@@ -146,7 +148,8 @@ async fn read_body(
     }
     let memory = service.memory.take(plan.memory(len)).await?;
     let read = async {
-        let mut bytes = BytesMut::new();
+        // The memory for the announced length is accounted for.
+        let mut bytes = BytesMut::with_capacity(announced.unwrap_or(0));
         while let Some(part) = next_part(body).await? {
             if part.len() > max - bytes.len() {
                 return Err(too_large(call, CONTENT_LENGTH.as_str()));

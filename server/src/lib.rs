@@ -33,6 +33,9 @@ mod console;
 mod cursors;
 mod encryption;
 mod error;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod groups;
 mod http;
 mod logstores;
@@ -47,6 +50,8 @@ mod response;
 mod server;
 mod service;
 mod shards;
+#[cfg(test)]
+mod slow_clients;
 mod state;
 mod tls;
 

@@ -318,7 +318,7 @@ impl Server {
 }
 
 /// Reads the state of the service on a store.
-fn open(
+pub(crate) fn open(
     settings: &ServerBuilder,
     keys: Option<AccessKeys>,
     store: Store,
@@ -379,18 +379,26 @@ async fn serve(
     let stream = Box::pin(stream);
     match tls {
         None => http(service, stream, peer, watcher).await,
-        Some(tls) => {
-            let handshake = timeout(HANDSHAKE_TIME_MAX, tls.acceptor().accept(stream)).await;
-            match handshake {
-                Ok(Ok(stream)) => http(service, stream, peer, watcher).await,
-                Ok(Err(error)) => tracing::debug!(%error, %peer, "no TLS"),
-                Err(_) => tracing::debug!(%peer, "the TLS handshake takes too long"),
-            }
-        }
+        // Boxed, so that a connection without TLS takes no memory for it.
+        Some(tls) => Box::pin(https(service, stream, peer, tls, watcher)).await,
     }
 }
 
-async fn http(
+async fn https(
+    service: Arc<Service>,
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    peer: SocketAddr,
+    tls: Arc<Tls>,
+    watcher: hyper_util::server::graceful::Watcher,
+) {
+    match timeout(HANDSHAKE_TIME_MAX, tls.acceptor().accept(stream)).await {
+        Ok(Ok(stream)) => http(service, stream, peer, watcher).await,
+        Ok(Err(error)) => tracing::debug!(%error, %peer, "no TLS"),
+        Err(_) => tracing::debug!(%peer, "the TLS handshake takes too long"),
+    }
+}
+
+pub(crate) async fn http(
     service: Arc<Service>,
     stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     peer: SocketAddr,

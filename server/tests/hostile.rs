@@ -187,6 +187,46 @@ fn damaged_requests_left_only_good_logs() {
     assert!(texts.iter().all(|text| text == "the only text" || text == "x"), "{texts:?}");
 }
 
+/// Bodies that grow when they are decompressed: to 10 MiB, of which the head announces less, all,
+/// or more than there is.
+#[test]
+fn bombs_of_every_form_are_refused_and_take_no_memory() {
+    let zeros = vec![0; 10 << 20];
+    let mut deflate = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
+    deflate.write_all(&zeros).unwrap();
+    let bombs = [
+        ("lz4", lz4_flex::block::compress(&zeros)),
+        ("zstd", zstd::bulk::compress(&zeros, 19).unwrap()),
+        ("deflate", deflate.finish().unwrap()),
+    ];
+    for (form, bomb) in &bombs {
+        for (raw_size, status, code) in [
+            ("1", 400, "PostBodyUncompressError"),
+            ("10485759", 400, "PostBodyUncompressError"),
+            // It is what its head says, and no log group.
+            ("10485760", 400, "PostBodyInvalid"),
+            ("10485761", 413, "PostBodyTooLarge"),
+            ("18446744073709551615", 413, "PostBodyTooLarge"),
+        ] {
+            let ask = Ask::put("one", bomb.clone()).header("x-log-compresstype", form);
+            let ask = ask.header("x-log-bodyrawsize", raw_size);
+            assert_eq!(ask.refused(&WORLD, status), code, "{form} {raw_size}");
+        }
+    }
+    // A body without an announced length that does not end.
+    let head = "POST /logstores/one/shards/lb HTTP/1.1\r\nHost: app.sls.local\r\n\
+                Transfer-Encoding: chunked\r\nAuthorization: LOG root:AAAA\r\n\r\n";
+    let mut endless = head.as_bytes().to_vec();
+    for _ in 0..20 {
+        endless.extend_from_slice(b"100000\r\n");
+        endless.resize(endless.len() + (1 << 20), 0);
+        endless.extend_from_slice(b"\r\n");
+    }
+    let answer = exchange_and_end(&endless);
+    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 4"));
+    assert!(is_alive());
+}
+
 #[test]
 fn a_thousand_idle_connections_hold_nobody_up() {
     let idle: Vec<TcpStream> =

@@ -214,6 +214,7 @@ fn dictionary(name: &str) -> Option<&'static str> {
             Some("json.dict")
         }
         "values" => Some("values.dict"),
+        "service" => Some("service.dict"),
         _ => None,
     }
 }

@@ -117,7 +117,9 @@ fn test(args: &[String]) -> Done {
 
 fn ci() -> Done {
     cargo(&["fmt", "--all", "--check"], &[])?;
-    cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"], &[])?;
+    for other in ["fuzz/Cargo.toml", "cli/tests/serve/rust/Cargo.toml"] {
+        cargo(&["fmt", "--manifest-path", other, "--check"], &[])?;
+    }
     layers::layers()?;
     prose::prose(&[])?;
     // All targets except the unit tests of the engine's second build (tests/shuttle), which has

@@ -2,6 +2,8 @@
 
 mod open_store;
 mod payload_hash;
+#[cfg(feature = "serve")]
+mod serve;
 
 use std::{
     fs::{self, File},
@@ -55,6 +57,10 @@ pub(crate) fn run(setup: &Setup, args: &BenchArgs) -> Result {
         groups: groups(&args.files)?,
         budget: Duration::from_secs_f64(args.seconds / ROUNDS as f64),
     };
+    #[cfg(feature = "serve")]
+    if args.serve {
+        return bench.serve(args.connections, setup.json);
+    }
     let (rows, base) = if args.payload_hash {
         (bench.payload_hash()?, "not hashed")
     } else {
@@ -548,6 +554,7 @@ impl Bench {
 /// The operation to repeat, given a nonce.
 type Work = Box<dyn FnMut(&[u8; 12]) -> Result>;
 
+#[derive(Clone, Copy)]
 struct Run {
     bytes: u64,
     elapsed: Duration,

@@ -1,8 +1,8 @@
 //! The query language: words and phrases with AND, OR and NOT over the raw text of logs.
 
 use envelog::group::Log;
-use memchr::memmem::Finder;
 
+use super::needle::Needle;
 use crate::error::{ApiError, Result};
 
 /// The most words of a query.
@@ -16,8 +16,7 @@ const RESERVED: &[char] = &['|', ':', '*', '?', '<', '>', '=', '[', ']', '{', '}
 #[derive(Debug)]
 pub(crate) enum Expression {
     All,
-    /// In lower case.
-    Text(Box<Finder<'static>>),
+    Text(Box<Needle>),
     Not(Box<Self>),
     And(Vec<Self>),
     Or(Vec<Self>),
@@ -53,17 +52,23 @@ impl Expression {
     }
 
     /// Whether a log matches: a word is found in a value, in any case of its ASCII letters.
-    pub(crate) fn matches(&self, log: &Log, room: &mut Vec<u8>) -> bool {
+    pub(crate) fn matches(&self, log: &Log) -> bool {
         match self {
             Self::All => true,
-            Self::Text(finder) => log.contents.iter().any(|content| {
-                room.clear();
-                room.extend(content.value.iter().map(u8::to_ascii_lowercase));
-                finder.find(room).is_some()
-            }),
-            Self::Not(inner) => !inner.matches(log, room),
-            Self::And(all) => all.iter().all(|it| it.matches(log, room)),
-            Self::Or(any) => any.iter().any(|it| it.matches(log, room)),
+            Self::Text(text) => log.contents.iter().any(|content| text.is_in(&content.value)),
+            Self::Not(inner) => !inner.matches(log),
+            Self::And(all) => all.iter().all(|it| it.matches(log)),
+            Self::Or(any) => any.iter().any(|it| it.matches(log)),
+        }
+    }
+
+    /// Whether a log that matches may be in these encoded groups. If not, they need no decoding.
+    pub(crate) fn may_match(&self, encoded: &[u8]) -> bool {
+        match self {
+            Self::All | Self::Not(_) => true,
+            Self::Text(text) => text.is_in(encoded),
+            Self::And(all) => all.iter().all(|it| it.may_match(encoded)),
+            Self::Or(any) => any.iter().any(|it| it.may_match(encoded)),
         }
     }
 }
@@ -181,7 +186,8 @@ impl Parser<'_> {
             inner
         } else if let Some((Token::Text(text), rest)) = self.tokens.split_first() {
             self.tokens = rest;
-            Expression::Text(Box::new(Finder::new(text.as_bytes()).into_owned()))
+            let needle = Needle::new(text).map_err(|error| refused(&error.to_string()))?;
+            Expression::Text(Box::new(needle))
         } else {
             return Err(refused("a word is missing"));
         };
@@ -194,7 +200,7 @@ impl Parser<'_> {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use envelog::group::Content;
+    use envelog::{LogGroup, group::Content};
     use proptest::prelude::*;
 
     use super::*;
@@ -202,7 +208,12 @@ mod tests {
     fn matches(query: &str, values: &[&str]) -> bool {
         let content = |value: &&str| Content::new("k", value.as_bytes().to_vec());
         let log = Log { contents: values.iter().map(content).collect(), ..Log::default() };
-        Expression::parse(query).unwrap().matches(&log, &mut Vec::new())
+        let expression = Expression::parse(query).unwrap();
+        let matches = expression.matches(&log);
+        // Encoded groups are skipped only if no log of theirs matches.
+        let encoded = LogGroup { logs: vec![log], ..LogGroup::default() }.encode_to_bytes();
+        assert!(expression.may_match(&encoded) || !matches, "{query}");
+        matches
     }
 
     #[test]
@@ -226,6 +237,21 @@ mod tests {
             ("\"a:b\"", false),
         ] {
             assert_eq!(matches(query, &log), expected, "{query}");
+        }
+    }
+
+    #[test]
+    fn groups_without_the_words_are_not_decoded() {
+        for (query, expected) in [
+            ("shipped", false),
+            ("PAID", true),
+            ("paid and shipped", false),
+            ("paid or shipped", true),
+            ("not shipped", true),
+            ("*", true),
+        ] {
+            let expression = Expression::parse(query).unwrap();
+            assert_eq!(expression.may_match(b"\x0a order 17 paid"), expected, "{query}");
         }
     }
 
@@ -256,7 +282,7 @@ mod tests {
         #[test]
         fn no_query_is_too_strange(query in "[ a-c\"()\\\\é*|]{0,40}|( ?(and|or|not|a|\\(|\\)))*") {
             if let Ok(expression) = Expression::parse(&query) {
-                expression.matches(&Log::default(), &mut Vec::new());
+                expression.matches(&Log::default());
             }
         }
     }

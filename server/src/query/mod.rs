@@ -1,6 +1,7 @@
 //! GetLogs and GetHistograms, by a scan.
 
 mod expression;
+mod needle;
 mod scan;
 
 use std::ops::Range;

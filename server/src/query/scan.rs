@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use envelog::{BlockKind, LogGroup, Logstore, Position, ReadOptions, group::Log};
+use envelog::{BlockKind, LogGroup, Logstore, Position, ReadOptions, Record, group::Log};
 
 use super::expression::Expression;
 use crate::error::Result;
@@ -66,7 +66,7 @@ impl Search {
         logstore: &Logstore,
         mut found: impl FnMut(Place, &LogGroup, &Log),
     ) -> Result<Progress> {
-        let (began, mut bytes, mut room) = (Instant::now(), 0, Vec::new());
+        let (began, mut bytes) = (Instant::now(), 0);
         let from = self.times.start.saturating_sub(EARLY_S).saturating_mul(MICROSECONDS);
         let to = self.times.end.saturating_add(LATE_S).saturating_mul(MICROSECONDS);
         let options = ReadOptions::default().from(Position::Time(from)).to(Position::Time(to));
@@ -80,9 +80,15 @@ impl Search {
                     return Ok(Progress::Incomplete);
                 }
                 bytes += block.list.len() as u64;
-                for record in block.records.iter().filter(|it| it.kind == BlockKind::Groups) {
+                if !self.expression.may_match(&block.list) {
+                    continue;
+                }
+                let may_match = |it: &&Record| {
+                    it.kind == BlockKind::Groups && self.expression.may_match(&it.bytes)
+                };
+                for record in block.records.iter().filter(may_match) {
                     let group = record.group()?;
-                    self.search_group(&group, &mut room, |index, log| {
+                    self.search_group(&group, |index, log| {
                         let time_ns = log.time_ns.unwrap_or(0);
                         let (shard, seq) = (shard.id, record.seq);
                         found(Place { time: log.time, time_ns, shard, seq, index }, &group, log);
@@ -93,19 +99,14 @@ impl Search {
         Ok(Progress::Complete)
     }
 
-    fn search_group<'a>(
-        &self,
-        group: &'a LogGroup,
-        room: &mut Vec<u8>,
-        mut found: impl FnMut(usize, &'a Log),
-    ) {
+    fn search_group<'a>(&self, group: &'a LogGroup, mut found: impl FnMut(usize, &'a Log)) {
         let topic = group.topic.as_deref().unwrap_or_default();
         if self.topic.as_ref().is_some_and(|wanted| wanted.as_bytes() != topic) {
             return;
         }
         for (index, log) in group.logs.iter().enumerate() {
             let in_time = self.times.contains(&u64::from(log.time));
-            if in_time && self.expression.matches(log, room) {
+            if in_time && self.expression.matches(log) {
                 found(index, log);
             }
         }
