@@ -530,8 +530,8 @@ mod tests {
         assert_eq!(refused(10, 0), DecodeError::Field("kind of the document"));
         assert_eq!(refused(10, 8), DecodeError::Field("kind of the document"));
         assert_eq!(
-            refused(20, 1),
-            DecodeError::Feature("incompatible feature bits 0x1".to_owned())
+            refused(20, 2),
+            DecodeError::Feature("incompatible feature bits 0x2".to_owned())
         );
         assert_eq!(refused(68, 1), DecodeError::Field("reserved bytes of the document"));
     }
