@@ -345,6 +345,8 @@ fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
     match (kind, part.name) {
         // Bytes without a meaning for this build are not authenticated.
         (_, "version" | "footer version") => &["corrupt", "newer_format"],
+        // Its first bit is known there.
+        (FileKind::Meta, "incompatible features") => &["tampered", "unsupported_feature"],
         (_, "incompatible features") => &["unsupported_feature"],
         (_, "lengths" | "header length" | "footer index length" | "change length") => {
             &["corrupt", "truncated"]

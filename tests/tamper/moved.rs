@@ -139,13 +139,13 @@ fn a_segment_in_another_place_is_tampering() {
     ] {
         assert_found(&fixture, what, &image.with(&first[1], spliced), "tampered");
     }
-    // A copy at the end, under the next name. As a successor, it names the wrong predecessor.
+    // A copy at the end, under the next name.
     let next = first[2].with_file_name("0000000004-00000000000000000004-0000000001.seg");
     assert_found(
         &fixture,
         "a copy behind the last",
         &image.with(&next, image.files[&first[2]].clone()),
-        "rolled_back",
+        "tampered",
     );
 }
 
