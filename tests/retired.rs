@@ -177,6 +177,30 @@ fn a_rotation_retires_the_old_version_completely() {
 
 /// The old root and a copy of the metadata reveal the older data key, so later appends use another
 /// one.
+/// A verification proves the open segment up to its head. The segment grows after that, and a
+/// rotation seals it: the earlier proof must not be taken for that of the whole segment.
+#[test]
+fn a_segment_that_was_proved_while_it_was_open_is_proved_again() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = store.create_logstore(&name(PLAIN), LogstoreSpec::default()).unwrap();
+    let mut expected = Vec::new();
+    for n in 0..4 {
+        for part in ["before", "behind"] {
+            put(&logstore, &format!("{part} {n}"));
+            expected.push(format!("{part} {n}"));
+            assert_clean(&store, &format!("{part} {n}"));
+            assert_eq!(texts(&logstore), expected);
+        }
+        put(&logstore, &format!("last {n}"));
+        expected.push(format!("last {n}"));
+        store.keys().rotate_service_key().unwrap();
+        assert_clean(&store, &format!("rotation {n}"));
+        assert_eq!(texts(&logstore), expected);
+    }
+    store.close().unwrap();
+}
+
 #[test]
 fn a_service_key_rotation_also_rotates_its_data_keys() {
     let world = World::manual();

@@ -28,7 +28,15 @@ pub(crate) struct Proved {
 /// The segments of a shard that are proved.
 pub(super) struct Chain {
     /// By ordinal.
-    proved: Mutex<BTreeMap<u64, Proved>>,
+    proved: Mutex<BTreeMap<u64, Known>>,
+}
+
+/// A proof that was made before.
+struct Known {
+    proved: Proved,
+    /// Whether the end is that of the whole segment. An open head may grow, and then the end is out
+    /// of date.
+    is_final: bool,
 }
 
 impl Default for Chain {
@@ -53,15 +61,18 @@ impl Chain {
         let Some(head) = record.head.clone().filter(|head| head.ordinal >= ordinal) else {
             return Ok(None);
         };
-        // Begins with the lowest segment from this one on that is proved already. The head's own
-        // segment may have grown since.
+        // Begins with the lowest segment from this one on that is proved already. An open head may
+        // have grown since, and have been sealed.
         let known = {
             let proved = lock(&self.proved);
             let mut known = proved.range(ordinal..=head.ordinal);
-            known
-                .find(|(at, proved)| **at < head.ordinal || proved.end.digest == head.digest)
-                .map(|(_, one)| one.clone())
+            let holds = |at: u64, known: &Known| match at == head.ordinal {
+                true => known.proved.end.digest == head.digest,
+                false => known.is_final,
+            };
+            known.find(|(at, one)| holds(**at, one)).map(|(_, one)| one.proved.clone())
         };
+        let head_ordinal = head.ordinal;
         let mut next = match known {
             Some(proved) if proved.end.ordinal == ordinal => return Ok(Some(proved)),
             Some(proved) => predecessor(&proved.header),
@@ -78,7 +89,9 @@ impl Chain {
                 Err(lost) if lost.is_loss() || is_exchanged(&lost) => return Ok(None),
                 proved => proved?,
             };
-            lock(&self.proved).insert(end.ordinal, proved.clone());
+            let is_final = sealed || end.ordinal < head_ordinal;
+            let known = Known { proved: proved.clone(), is_final };
+            lock(&self.proved).insert(end.ordinal, known);
             if end.ordinal == ordinal {
                 return Ok(Some(proved));
             }

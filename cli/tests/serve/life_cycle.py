@@ -56,7 +56,7 @@ def live(auth):
     it.get_previous_cursor_time(project, logstore, 0, it.get_end_cursor(project, logstore, 0).get_cursor())
     refused(lambda: it.pull_logs(project, logstore, 0, 'bad!'), 400, 'ParameterInvalid')
     refused(lambda: it.get_begin_cursor(project, logstore, 3), 400, 'ShardNotExist')
-    refused(lambda: it.split_shard(project, logstore, 0, '1' * 32), 400, 'NotSupported')
+    refused(lambda: it.split_shard(project, logstore, 0, 'f' * 32), 400, 'ParameterInvalid')
 
     found = it.get_logs(GetLogsRequest(project, logstore, now - 60, now + 60, query='routed and not 1'))
     assert found.is_completed() and found.get_count() == 2, found.get_count()

@@ -226,7 +226,8 @@ mod tests {
             it.heartbeat(Duration::from_secs(at_s), TIMEOUT, "a", &held, &readable).unwrap()
         };
         let late = SILENCE.as_secs() + 5;
-        for at_s in (0..late).step_by(5) {
+        assert_eq!(beat(0, &[], &[0]), [0, 1]);
+        for at_s in (5..late).step_by(5) {
             assert_eq!(beat(at_s, &[0, 1], &[0]), [0, 1], "{at_s}");
         }
         assert_eq!(beat(late, &[0, 1], &[0]), [1]);
