@@ -29,7 +29,7 @@ fn step(u: &mut Unstructured<'_>) -> Result<Step> {
             None
         })
     };
-    Ok(match u.int_in_range(0..=31u8)? {
+    Ok(match u.int_in_range(0..=33u8)? {
         0 => Step::Create(logstore(u)?),
         1 => Step::Wait,
         2 => Step::Sync(logstore(u)?),
@@ -54,15 +54,17 @@ fn step(u: &mut Unstructured<'_>) -> Result<Step> {
         22 => Step::CutPower(Some(u.arbitrary()?)),
         23..=25 => Step::Read {
             of: logstore(u)?,
-            shard: u.int_in_range(0..=SHARDS - 1)?,
+            shard: u.int_in_range(0..=SHARDS + 1)?,
             from: place(u)?,
             to: if u.arbitrary()? { Some(place(u)?) } else { None },
             groups: limit(u)?,
             bytes: limit(u)?.map(|bytes| bytes * 300),
         },
+        32 => Step::Split(logstore(u)?, u.int_in_range(0..=3)?, u.arbitrary()?),
+        33 => Step::Merge(logstore(u)?, u.int_in_range(0..=3)?),
         _ => Step::Append {
             to: logstore(u)?,
-            shard: u.int_in_range(0..=SHARDS - 1)?,
+            shard: u.int_in_range(0..=SHARDS + 1)?,
             durability: *u.choose(&[
                 Durability::Buffered,
                 Durability::Written,
