@@ -653,6 +653,75 @@ fn damage_of_a_segment_that_an_earlier_run_copied_is_reported() {
     }
 }
 
+/// Damage in front of the footer is in none of the parts that say where a segment ends.
+#[test]
+fn a_damaged_block_of_the_store_replaces_no_segment_of_the_backup() {
+    let mut world = World::manual();
+    let store = scene(&mut world);
+    store.close().unwrap();
+    let dir = world.path().join("backup");
+    let options = BackupOptions::default().copy(true);
+    back_up(&world, &dir, &options);
+    let whole = contents(&world.builder_at(&dir).open_read_only().unwrap());
+    let place = |path: &Path| path.strip_prefix(world.store_dir()).unwrap().to_owned();
+    // A sealed segment of each shard.
+    let all = seg_files(&world.store_dir());
+    let mut victims: Vec<_> = all
+        .windows(2)
+        .filter(|two| two[0].parent() == two[1].parent())
+        .map(|two| two[0].clone())
+        .collect();
+    victims.dedup_by_key(|path| path.parent().unwrap().to_owned());
+    assert_eq!(victims.len(), 6);
+    for (victim, back) in victims.iter().zip([700, 1000, 1500, 700, 1000, 1500]) {
+        let good = fs::read(victim).unwrap();
+        let at = good.len() - back;
+        write_at(victim, at as u64, &[good[at] ^ 0x10]);
+        let report = back_up(&world, &dir, &options);
+        let mut files = report.faults.iter().filter_map(|fault| fault.file.as_deref());
+        assert!(files.any(|file| file == victim), "{back}: {:?}", report.faults);
+        assert_eq!(report.segments_copied, 0);
+        assert_eq!(fs::read(dir.join(place(victim))).unwrap(), good);
+        fs::write(victim, good).unwrap();
+    }
+    let copy = world.builder_at(&dir).open_read_only().unwrap();
+    assert_eq!(contents(&copy), whole);
+    assert_sound(&copy, Some(checkpoint_in(&dir)));
+}
+
+/// A directory in the place of a segment of the backup costs no other segment.
+#[test]
+fn a_directory_in_the_place_of_a_segment_ends_no_backup() {
+    for options in [BackupOptions::default(), BackupOptions::default().copy(true)] {
+        let mut world = World::manual();
+        let store = scene(&mut world);
+        store.close().unwrap();
+        let dir = world.path().join("backup");
+        back_up(&world, &dir, &options);
+        let whole = contents(&world.builder_at(&dir).open_read_only().unwrap());
+        let all = seg_files(&dir);
+        for victim in [&all[0], all.last().unwrap()] {
+            fs::remove_file(victim).unwrap();
+            fs::create_dir(victim).unwrap();
+            let kept = victim.join("kept");
+            fs::write(&kept, "of the operator").unwrap();
+            let other = all.iter().find(|path| path.parent() != victim.parent()).unwrap();
+            fs::remove_file(other).unwrap();
+            let report = back_up(&world, &dir, &options);
+            let faults = report.faults.iter();
+            let files: Vec<_> = faults.filter_map(|fault| fault.file.as_deref()).collect();
+            assert_eq!(files, [victim], "{:?}", report.faults);
+            assert!(kept.exists() && other.exists());
+            // An empty directory is replaced.
+            fs::remove_file(&kept).unwrap();
+            assert!(back_up(&world, &dir, &options).faults.is_empty());
+            let copy = world.builder_at(&dir).open_read_only().unwrap();
+            assert_eq!(contents(&copy), whole);
+            assert_sound(&copy, Some(checkpoint_in(&dir)));
+        }
+    }
+}
+
 #[test]
 fn a_damaged_segment_of_the_backup_is_copied_again() {
     let mut world = World::manual();

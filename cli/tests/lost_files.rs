@@ -6,7 +6,7 @@ mod common;
 
 use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 
-use common::{World, copy_dir, service};
+use common::{World, byok, copy_dir, service};
 use serde_json::json;
 
 /// A Logstore with four segments of three logs each.
@@ -225,6 +225,64 @@ fn history_that_cannot_be_read_fails_no_tail() {
         assert!(tail.stdout.ends_with(newest), "{fault}");
         assert!(tail.stderr.contains("shard 0 has lost groups"), "{fault}: {}", tail.stderr);
         assert_eq!(tail.stderr.contains("key was destroyed"), fault == "shredded");
+    }
+}
+
+/// Envelopes take the place of a probe, so an object in its place is removed.
+#[test]
+fn a_repair_removes_an_object_in_the_place_of_a_probe() {
+    for object in ["directory", "link", "dangling link", "fifo"] {
+        let world = World::new();
+        let key = world.create_key();
+        world.create("p/l", &byok("sm4", &key));
+        world.ok(&["append", "p/l", &world.file("lines", "one\n")]);
+        let probes = fs::read_dir(world.path("envelog-data/probes")).unwrap();
+        let probe = probes.map(|entry| entry.unwrap().path()).next().unwrap();
+        let aside = world.path("aside");
+        fs::rename(&probe, &aside).unwrap();
+        match object {
+            "directory" => fs::create_dir(&probe).unwrap(),
+            "link" => symlink(&aside, &probe).unwrap(),
+            "dangling link" => symlink("nowhere", &probe).unwrap(),
+            _ => assert!(Command::new("mkfifo").arg(&probe).status().unwrap().success()),
+        }
+        world.refused(5, &["verify"]);
+        if object == "directory" {
+            let kept = probe.join("kept");
+            fs::write(&kept, "").unwrap();
+            world.refused(5, &["repair", "--yes"]);
+            fs::remove_file(kept).unwrap();
+        }
+        let report = world.json(&["repair", "--yes", "--json"]);
+        let removed = report["probes"][0].as_str().unwrap();
+        assert_eq!(Path::new(removed).file_name(), probe.file_name(), "{object}: {report}");
+        assert!(fs::symlink_metadata(&probe).is_err() && aside.exists());
+        world.ok(&["verify"]);
+        assert_eq!(world.read("p/l"), b"one\n");
+    }
+}
+
+/// A group has many logs, so fewer groups than logs are needed.
+#[test]
+fn damage_in_front_of_the_wanted_logs_fails_no_tail() {
+    for fault in ["directory", "link", "exchanged"] {
+        let world = filled();
+        for text in ["5.1\n5.2\n5.3\n", "6.1\n6.2\n6.3\n"] {
+            world.ok(&["append", "p/l", &world.file("more", text)]);
+        }
+        let (first, third) = (segment(&world, 1), segment(&world, 3));
+        fs::rename(&third, world.path("aside")).unwrap();
+        match fault {
+            "directory" => fs::create_dir(&third).unwrap(),
+            "link" => symlink(world.path("aside"), &third).unwrap(),
+            _ => drop(fs::copy(&first, &third).unwrap()),
+        }
+        let behind = b"4.1\n4.2\n4.3\n5.1\n5.2\n5.3\n6.1\n6.2\n6.3\n";
+        for wanted in 0..=9 {
+            let logs = world.ok(&["tail", "p/l", "-n", &wanted.to_string()]);
+            assert_eq!(logs, behind[4 * (9 - wanted)..], "{fault}, {wanted} logs");
+        }
+        world.run(&["tail", "p/l", "-n", "10"]).assert(5);
     }
 }
 

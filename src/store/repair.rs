@@ -1,7 +1,10 @@
 //! Accepting losses: of segments, of the key audit log, of probes, and of a Logstore whose metadata
 //! is lost.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde::Serialize;
 use tracing::warn;
@@ -13,6 +16,7 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     config::LogstoreName,
+    io::{Disk, FileKind},
     keys::AuditEvent,
     logstore::LogstoreShared,
     shard::{AcceptedLoss, AdoptedMetadata, FoundLoss, RepairOptions, RepairReport, Shard},
@@ -28,7 +32,7 @@ pub struct StoreRepairReport {
     /// The fault of the key audit log, if it was accepted: the files of the log were renamed, and
     /// a new log begins.
     pub audit: Option<VerifyFault>,
-    /// The damaged probes that were removed. The envelopes of the Logstores take their place.
+    /// The damaged probes that were removed, and the objects of other types in the places of probes. The envelopes of the Logstores take their place.
     #[serde(serialize_with = "crate::error::paths_as_text")]
     pub probes: Vec<PathBuf>,
     /// The shards that had damage.
@@ -138,12 +142,18 @@ fn repair_audit(core: &Core, options: &RepairOptions) -> Result<Option<VerifyFau
     Ok(Some(VerifyFault::of(None, &error)))
 }
 
-/// Removes the probes that cannot be read.
+/// Removes the probes that cannot be read, and objects of other types in their places.
 fn remove_damaged_probes(core: &Core, options: &RepairOptions) -> Result<Vec<PathBuf>> {
     let _admin = core.registry.administer()?;
     let mut removed = Vec::new();
     for path in core.keys.probe_paths()? {
         match core.keys.read_probe(&path) {
+            // No data is in an object of another type.
+            Err(error @ Error::WrongFileType { .. }) => {
+                remove_object(&*core.env.disk, &path, &error)?;
+                warn!(path = %path.display(), %error, "object in the place of a probe removed");
+                removed.push(path);
+            }
             Err(error) if may_be_accepted(&error, options) => {
                 core.env.disk.remove_file(&path).map_err(Error::io("remove", &path))?;
                 warn!(path = %path.display(), %error, "damaged probe removed");
@@ -154,6 +164,20 @@ fn remove_damaged_probes(core: &Core, options: &RepairOptions) -> Result<Vec<Pat
         }
     }
     Ok(removed)
+}
+
+/// Removes an object of the wrong type, for which there is the error `wrong`. A directory with
+/// contents stays.
+fn remove_object(disk: &dyn Disk, path: &Path, wrong: &Error) -> Result<()> {
+    let removed = match disk.stat(path).map_err(Error::io("look for", path))? {
+        Some(found) if found.kind == FileKind::Directory => disk.remove_dir(path),
+        Some(_) => disk.remove_file(path),
+        None => Ok(()),
+    };
+    removed.map_err(|error| match error.kind() {
+        std::io::ErrorKind::DirectoryNotEmpty => wrong.clone(),
+        _ => Error::io("remove", path)(error),
+    })
 }
 
 /// Deletes a Logstore whose metadata is lost. The audit log records the loss before anything else

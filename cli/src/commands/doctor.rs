@@ -26,6 +26,10 @@ use crate::{
 const INODES_MIN: u64 = 1000;
 /// A wall clock that is further behind the newest time that the store trusts needs an action.
 const CLOCK_BEHIND_MAX: Duration = Duration::from_secs(3600);
+/// A wall clock that is further ahead of that time suspends retention by age.
+const CLOCK_AHEAD_MAX: Duration = Duration::from_secs(24 * 3600);
+/// The time of a backup that is further ahead of the wall clock needs an action.
+const BACKUP_AHEAD_MAX: Duration = Duration::from_secs(3600);
 /// No clock of a machine that runs this program is right before this time: 2025-01-01.
 const CLOCK_MIN_US: u64 = 1_735_689_600_000_000;
 
@@ -86,8 +90,11 @@ fn action_of(error: &Error) -> &'static str {
 }
 
 pub(crate) fn run(setup: &Setup, args: &DoctorArgs) -> Result {
-    let mut findings = vec![settings(setup), clock(None), memory()];
-    match setup.builder().open_read_only() {
+    let opened = setup.builder().open_read_only();
+    let trusted_us = |store: &Store| store.admin().retention_status().trusted_us;
+    let trusted_us = opened.as_ref().ok().and_then(trusted_us);
+    let mut findings = vec![settings(setup), clock(now_us(), trusted_us), memory()];
+    match opened {
         Ok(store) => {
             findings.push(Finding::fine("store", setup.store.display().to_string()));
             findings.extend(of_store(setup, &store, args));
@@ -118,9 +125,7 @@ fn of_store(setup: &Setup, store: &Store, args: &DoctorArgs) -> Vec<Finding> {
         backup(store, args),
         reserve(store),
     ];
-    let retention = store.admin().retention_status();
-    findings.extend(retention.trusted_us.map(|trusted_us| clock(Some(trusted_us))));
-    if retention.suspended {
+    if store.admin().retention_status().suspended {
         findings.push(Finding::acts(
             "retention",
             "retention by age is suspended: the clock is more than 24 h ahead of the last trusted time",
@@ -157,22 +162,29 @@ fn now_us() -> u64 {
 }
 
 /// The wall clock, compared with the newest time that the store trusts, if there is one.
-fn clock(trusted_us: Option<u64>) -> Finding {
-    let now_us = now_us();
-    let behind = Duration::from_micros(trusted_us.unwrap_or(CLOCK_MIN_US).saturating_sub(now_us));
-    let limit = trusted_us.map_or(Duration::ZERO, |_| CLOCK_BEHIND_MAX);
+fn clock(now_us: u64, trusted_us: Option<u64>) -> Finding {
     let now = output::moment(now_us);
-    if behind <= limit {
-        return Finding::fine("clock", now);
-    }
-    let behind = show_duration(Duration::from_secs(behind.as_secs()));
-    let than = match trusted_us {
-        Some(trusted_us) => {
-            format!("the newest time that the store trusts, {}", output::moment(trusted_us))
-        }
-        None => "any right clock".to_owned(),
+    let acts = |far_us: u64, way: &str, than: &str, action: &str| {
+        let far = show_duration(Duration::from_secs(far_us / 1_000_000));
+        Finding::acts("clock", format!("{now}, {far} {way} {than}"), action)
     };
-    Finding::acts("clock", format!("{now}, {behind} behind {than}"), "correct the clock (NTP)")
+    let Some(trusted_us) = trusted_us else {
+        return match CLOCK_MIN_US.saturating_sub(now_us) {
+            0 => Finding::fine("clock", now),
+            behind_us => acts(behind_us, "behind", "any right clock", "correct the clock (NTP)"),
+        };
+    };
+    let newest = format!("the newest time that the store trusts, {}", output::moment(trusted_us));
+    let (behind_us, ahead_us) =
+        (trusted_us.saturating_sub(now_us), now_us.saturating_sub(trusted_us));
+    if u128::from(behind_us) > CLOCK_BEHIND_MAX.as_micros() {
+        acts(behind_us, "behind", &newest, "correct the clock (NTP)")
+    } else if u128::from(ahead_us) > CLOCK_AHEAD_MAX.as_micros() {
+        let action = "correct the clock (NTP); if it is right, retention by age waits for `clock-settle`, or run `envelog retain --trust-clock`";
+        acts(ahead_us, "ahead of", &newest, action)
+    } else {
+        Finding::fine("clock", now)
+    }
 }
 
 /// Whether the memory for keys is kept out of the swap.
@@ -263,7 +275,14 @@ fn backup(store: &Store, args: &DoctorArgs) -> Finding {
         return Finding::acts("backup", found, format!("{again} again, unless it is under way"));
     };
     let made = format!("of {}", output::moment(finished_us));
-    match now_us().saturating_sub(record.begun_us) > args.backup_age.as_micros() as u64 {
+    let now_us = now_us();
+    let newest_us = record.begun_us.max(finished_us);
+    if u128::from(newest_us.saturating_sub(now_us)) > BACKUP_AHEAD_MAX.as_micros() {
+        let found = format!("of {}, which is in the future", output::moment(newest_us));
+        let action = format!("correct the clock; if it is right, {again} again");
+        return Finding::acts("backup", found, action);
+    }
+    match now_us.saturating_sub(record.begun_us) > args.backup_age.as_micros() as u64 {
         true => Finding::acts(
             "backup",
             format!("{made}, older than {}", show_duration(args.backup_age)),
@@ -426,4 +445,26 @@ fn print(findings: &[Finding]) -> Result {
         ]);
     }
     output::print_table(&table)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_retention_does_not_trust_needs_an_action() {
+        const HOUR_US: u64 = 3_600_000_000;
+        let trusted_us = CLOCK_MIN_US + 1000 * HOUR_US;
+        let found = |now_us, trusted_us| clock(now_us, trusted_us);
+        for fine in [trusted_us - HOUR_US, trusted_us, trusted_us + 24 * HOUR_US] {
+            assert!(found(fine, Some(trusted_us)).action.is_none());
+        }
+        let behind = found(trusted_us - 2 * HOUR_US, Some(trusted_us));
+        assert!(behind.action.is_some() && behind.found.contains("2h behind"), "{}", behind.found);
+        let ahead = found(trusted_us + 25 * HOUR_US, Some(trusted_us));
+        assert!(ahead.found.contains("ahead of the newest time"), "{}", ahead.found);
+        assert!(ahead.action.is_some_and(|action| action.contains("--trust-clock")));
+        assert!(found(CLOCK_MIN_US, None).action.is_none());
+        assert!(found(CLOCK_MIN_US - HOUR_US, None).found.contains("any right clock"));
+    }
 }

@@ -15,6 +15,8 @@ use crate::{
     setup::{Setup, check_access, name},
 };
 
+/// How many times further back `tail` looks if it has found too few logs.
+const STEP: u64 = 16;
 /// How often `tail -f` polls for new logs.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -141,20 +143,34 @@ fn last_logs(
     format: Format,
 ) -> Result<(VecDeque<OneLog>, Reader)> {
     let end = logstore.end_seq(shard)?;
-    // A group has at least one log, but sequence numbers may have gaps.
-    let mut distance = wanted as u64;
-    let mut found = logs_from(logstore, shard, end.saturating_sub(distance), wanted, format)?;
+    let most = wanted as u64;
+    let read = |distance| logs_from(logstore, shard, end.saturating_sub(distance), wanted, format);
+    // A group has at least one log, and may have many. Sequence numbers may have gaps.
+    let mut distance = 1.min(most);
+    let mut found = read(distance)?;
+    let mut forged = None;
     while found.0.len() < wanted && distance < end {
-        distance = distance.saturating_mul(16);
-        let from = end.saturating_sub(distance);
-        found = match logs_from(logstore, shard, from, wanted, format) {
+        let further = match &forged {
+            None if distance < most => distance.saturating_mul(STEP).min(most),
+            None => distance.saturating_mul(STEP),
             // Forged logs hide none of those behind them.
-            Err(failure) if failure.status() == Status::Integrity => {
-                output::notice(format_args!("shard {shard} has no older logs: {failure}"));
-                break;
-            }
-            found => found?,
+            Some((too_far, _)) => distance + (too_far - distance) / 2,
         };
+        if further == distance {
+            break;
+        }
+        match read(further) {
+            Err(failure) if failure.status() == Status::Integrity => {
+                forged = Some((further, failure));
+            }
+            more => (distance, found) = (further, more?),
+        }
+    }
+    if let Some((too_far, failure)) = forged.filter(|_| found.0.len() < wanted) {
+        if too_far <= most {
+            return Err(failure);
+        }
+        output::notice(format_args!("shard {shard} has no older logs: {failure}"));
     }
     // Losses in front of the wanted logs cost nothing.
     let oldest = found.0.front().filter(|_| found.0.len() >= wanted).map_or(0, |log| log.seq);

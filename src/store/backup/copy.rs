@@ -54,13 +54,17 @@ pub(in crate::store) struct Copier<'a> {
 impl Copier<'_> {
     /// Makes the file of a segment under `path`. A file of that name keeps it, if it has the segment.
     /// Otherwise the new file replaces it, so that a process that ends in between leaves the one or
-    /// the other.
+    /// the other. It also replaces an empty directory, and any other object that is no directory.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::WrongFileType`] for a directory with contents; [`Error::Io`].
     pub(in crate::store) fn segment(&self, source: &CopySource, path: &Path) -> Result<Done> {
         let bytes = source.extent.bytes();
-        let found = self.to.stat(path).map_err(Error::io("look for", path))?;
+        let mut found = self.to.stat(path).map_err(Error::io("look for", path))?;
+        if found.is_some_and(|found| found.kind == FileKind::Directory) {
+            self.remove_empty(path)?;
+            found = None;
+        }
         if let Some(found) = found
             && found.kind == FileKind::File
             && self.has_segment(source, path, found.len)?
@@ -75,6 +79,36 @@ impl Copier<'_> {
         }
         self.copy(&*source.file, bytes, path)?;
         Ok(Done::Copied(bytes))
+    }
+
+    /// The length of the file under `path`, if it is as long as the segment and has other contents.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(in crate::store) fn differs(
+        &self,
+        source: &CopySource,
+        path: &Path,
+    ) -> Result<Option<u64>> {
+        let found = self.to.stat(path).map_err(Error::io("look for", path))?;
+        let is_long = |len| len >= source.extent.bytes();
+        let found = found.filter(|found| found.kind == FileKind::File && is_long(found.len));
+        match found {
+            Some(found) if !self.has_segment(source, path, found.len)? => Ok(Some(found.len)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Removes the directory under `path`, unless it has contents.
+    fn remove_empty(&self, path: &Path) -> Result<()> {
+        self.to.remove_dir(path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::DirectoryNotEmpty => Error::WrongFileType {
+                path: path.to_owned(),
+                expected: FileKind::File,
+                found: FileKind::Directory,
+            },
+            _ => Error::io("remove", path)(error),
+        })
     }
 
     /// Whether the file of `len` bytes under `path` has the segment, by its length, its front and its
