@@ -32,7 +32,8 @@ pub struct StoreRepairReport {
     /// The fault of the key audit log, if it was accepted: the files of the log were renamed, and
     /// a new log begins.
     pub audit: Option<VerifyFault>,
-    /// The damaged probes that were removed, and the objects of other types in the places of probes. The envelopes of the Logstores take their place.
+    /// The damaged probes that were removed, and the objects of other types in the places of
+    /// probes. The envelopes of the Logstores take their place.
     #[serde(serialize_with = "crate::error::paths_as_text")]
     pub probes: Vec<PathBuf>,
     /// The shards that had damage.
