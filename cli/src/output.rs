@@ -54,7 +54,7 @@ pub(crate) enum Kind {
 
 /// Escapes a text for a terminal, so that a name or a log cannot control it. Shows control
 /// characters (C0, DEL, C1), bytes that are not UTF-8, and characters that change the direction of
-/// text as printable escape sequences.
+/// text or begin a line as printable escape sequences.
 pub(crate) fn visible(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
     let is_plain =
         |byte: &u8| (b' '..=b'~').contains(byte) || (*byte == b'\n' && kind != Kind::Line);
@@ -70,7 +70,10 @@ pub(crate) fn visible(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
                 '\t' => kind == Kind::Log,
                 _ => false,
             };
-            let turns = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+            let turns = matches!(
+                c,
+                '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+            );
             // Writing to a string cannot fail.
             let _ = match u32::from(c) {
                 _ if layout || !(c.is_control() || turns) => {
@@ -89,21 +92,31 @@ pub(crate) fn visible(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
     if text.as_bytes() == bytes { Cow::Borrowed(bytes) } else { Cow::Owned(text.into_bytes()) }
 }
 
-/// Whether standard output is a terminal. Only a terminal gets escapes: a pipe or a file gets every
-/// byte unchanged.
+static SHOWN: OnceLock<bool> = OnceLock::new();
+
+/// Whether standard output gets escapes, as a terminal does. A pipe or a file gets every byte
+/// unchanged, unless a service has sent it.
 pub(crate) fn is_shown() -> bool {
-    static SHOWN: OnceLock<bool> = OnceLock::new();
     *SHOWN.get_or_init(|| io::stdout().is_terminal())
 }
 
-/// Escapes a text for standard output if that is a terminal.
+/// Escapes all that goes to standard output from now on, since another process has made it. Call it
+/// before anything is printed.
+#[cfg(feature = "serve")]
+pub(crate) fn escape_all() {
+    // If something was printed before, nothing changes.
+    let _ = SHOWN.set(true);
+}
+
+/// Escapes a text for standard output, unless that gets every byte.
 pub(crate) fn for_stdout(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
     if is_shown() { visible(bytes, kind) } else { Cow::Borrowed(bytes) }
 }
 
-/// Escapes a text for standard error if that is a terminal.
+/// Escapes a text for standard error, also where that is a file: a message or a log event is one
+/// line there, whatever names it has.
 pub(crate) fn for_stderr(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
-    if io::stderr().is_terminal() { visible(bytes, kind) } else { Cow::Borrowed(bytes) }
+    visible(bytes, kind)
 }
 
 /// Writes a line to standard output.
@@ -166,13 +179,14 @@ pub(crate) fn json(value: &impl Serialize) -> Result {
         return caller::send(Piece::Answer(answer));
     }
     let text = serde_json::to_string_pretty(value).map_err(|error| no_json(&error))?;
-    write_out(&for_stdout(text.as_bytes(), Kind::Json))
+    // Escapes change nothing for a program that reads it.
+    write_out(&visible(text.as_bytes(), Kind::Json))
 }
 
 /// Writes a JSON document that another process has made, as [`json`] writes it.
 #[cfg(feature = "serve")]
 pub(crate) fn json_of_text(compact: &str) -> Result {
-    write_out(&for_stdout(caller::indented(compact).as_bytes(), Kind::Json))
+    write_out(&visible(caller::indented(compact).as_bytes(), Kind::Json))
 }
 
 fn write_out(text: &[u8]) -> Result {
@@ -509,7 +523,8 @@ mod tests {
                 );
                 assert!(!text.contains('\u{fffd}'), "{byte:#x} as {kind:?}: {text:?}");
             }
-            let turning = ('\u{202a}'..='\u{202e}').chain('\u{2066}'..='\u{2069}');
+            let turning = ('\u{2028}'..='\u{202e}').chain('\u{2066}'..='\u{2069}');
+            let turning = turning.chain(['\u{61c}', '\u{200e}', '\u{200f}']);
             for c in ('\u{80}'..='\u{9f}').chain(turning) {
                 let text = shown(format!("a{c}b").as_bytes(), kind);
                 assert!(

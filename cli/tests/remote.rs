@@ -561,23 +561,96 @@ fn an_answer_without_an_end_is_no_success() {
         ("no JSON", (format!("{chunked}{line}{}", chunk("<html>\n")), 1)),
         ("an end", (format!("{chunked}{line}{}", chunk("{\"end\":{\"status\":0}}\n")), 0)),
         ("nothing", (String::new(), 7)),
+        (
+            "an error with status 0",
+            (
+                format!(
+                    "{chunked}{}",
+                    chunk(
+                        "{\"end\":{\"status\":0,\"error\":{\"code\":\"x\",\"kind\":\"y\",\"message\":\"z\"}}}\n"
+                    )
+                ),
+                1,
+            ),
+        ),
+        ("a status alone", (format!("{chunked}{}", chunk("{\"end\":{\"status\":3}}\n")), 3)),
         ("another service", ("HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\nno".to_owned(), 1)),
     ]);
     for (what, (answer, status)) in answers {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let serving = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut request = [0; 4096];
-            // The whole of it, since a close with unread bytes is a reset.
-            stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
-            while stream.read(&mut request).is_ok_and(|read| read > 0) {}
-            let _ = stream.write_all(answer.as_bytes());
-        });
-        let out = world.run(&["list", "--endpoint", &endpoint, "--access-key", "key"]);
+        let out = answered(&world, &["list"], answer.into_bytes());
         out.assert(status);
         let printed = ["broken", "no end", "half a line", "no JSON", "an end"].contains(&what);
         assert_eq!(out.text(), if printed { "one\n" } else { "" }, "{what}");
-        serving.join().unwrap();
+    }
+}
+
+/// Runs a command with a service that answers with these bytes.
+fn answered(world: &World, args: &[&str], answer: Vec<u8>) -> Out {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let serving = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = [0; 4096];
+        // The whole of it, since a close with unread bytes is a reset.
+        stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        while stream.read(&mut request).is_ok_and(|read| read > 0) {}
+        let _ = stream.write_all(&answer);
+    });
+    let out = world.run(&[args, &["--endpoint", &endpoint, "--access-key", "key"]].concat());
+    serving.join().unwrap();
+    out
+}
+
+#[test]
+fn a_success_without_its_answer_is_a_failure() {
+    let world = World::new();
+    private(&world, "key", &json!({ "id": "any", "secret": "any" }));
+    let head = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
+    let done = "{\"end\":{\"status\":0}}\n";
+    for args in [&["list", "--json"][..], &["keys", "usage"], &["checkpoint", "--out", "c"]] {
+        let why = answered(&world, args, format!("{head}{done}").into_bytes());
+        assert_eq!(why.status, Some(1), "{args:?}");
+        assert!(why.stderr.contains("no answer"), "{args:?}: {}", why.stderr);
+    }
+    let answer = format!("{head}{{\"answer\":{{\"logstores\":[]}}}}\n{done}");
+    answered(&world, &["list", "--json"], answer.into_bytes()).assert(0);
+    assert!(!world.path("c").exists());
+}
+
+#[test]
+fn a_line_that_does_not_end_is_given_up() {
+    let world = World::new();
+    private(&world, "key", &json!({ "id": "any", "secret": "any" }));
+    let mut answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n".to_vec();
+    answer.resize((65 << 20) + 100, b'x');
+    let refusal = answered(&world, &["list"], answer).sentence(7);
+    assert!(refusal.contains("more than 64 MiB"), "{refusal}");
+}
+
+#[test]
+fn what_a_service_says_commands_no_terminal() {
+    let world = World::new();
+    private(&world, "key", &json!({ "id": "any", "secret": "any" }));
+    let evil = "\x1b]0;x\x07\x1b[31mr\u{202e}\u{200f}\r\nnew\u{9b}31m";
+    let head = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n";
+    let error = json!({ "code": evil, "kind": evil, "message": evil });
+    let refusal = json!({ "errorCode": evil, "errorMessage": evil });
+    for (args, answer) in [
+        (&["list"][..], format!("HTTP/1.1 400 No\r\nConnection: close\r\n\r\n{refusal}")),
+        (&["list"], format!("{head}{}\n", json!({ "end": { "status": 1, "error": error } }))),
+        (
+            &["list", "--json"],
+            format!("{head}{}\n", json!({ "end": { "status": 1, "error": error } })),
+        ),
+        (&["list"], format!("{head}{}\n", json!({ "note": evil }))),
+        (&["list"], format!("{head}{}\n", json!({ "line": evil }))),
+        (&["list"], format!("{head}{}\n", json!({ "answer": evil }))),
+    ] {
+        let out = answered(&world, args, answer.into_bytes());
+        let text = out.text() + &out.stderr;
+        let harmful =
+            |c: char| (c.is_control() && c != '\n') || matches!(c, '\u{200f}' | '\u{202e}');
+        assert!(!text.contains(harmful), "{args:?}: {text:?}");
+        assert!(text.contains("]0;x") && !text.contains("\nnew"), "{args:?}: {text:?}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use hyper::{HeaderMap, Method, http::request::Parts};
+use hyper::{HeaderMap, Method, Uri, http::request::Parts};
 use percent_encoding::percent_decode_str;
 
 use crate::error::{ApiError, Result};
@@ -31,9 +31,7 @@ impl Call {
     /// # Errors
     /// 400 for a path or a query that is not UTF-8, and for a parameter that comes twice.
     pub(crate) fn new(parts: Parts, base_host: &str) -> Result<Self> {
-        let header = parts.headers.get(hyper::header::HOST).and_then(|host| host.to_str().ok());
-        let authority = parts.uri.authority().map(|authority| authority.as_str());
-        let host = header.or(authority).unwrap_or_default().to_owned();
+        let host = host(&parts.headers, &parts.uri).to_owned();
         let raw = parts.uri.path();
         let mut segments: Vec<String> =
             raw.split('/').skip(1).map(decode).collect::<Result<_>>()?;
@@ -86,6 +84,13 @@ impl Call {
     }
 }
 
+/// The host that a client asks for. Empty if it names none.
+pub(crate) fn host<'a>(headers: &'a HeaderMap, uri: &'a Uri) -> &'a str {
+    let header = headers.get(hyper::header::HOST).and_then(|host| host.to_str().ok());
+    let authority = uri.authority().map(|authority| authority.as_str());
+    header.or(authority).unwrap_or_default()
+}
+
 fn decode(text: &str) -> Result<String> {
     let decoded = percent_decode_str(text).decode_utf8();
     decoded.map(Into::into).map_err(|_| ApiError::parameter("the path is not UTF-8"))
@@ -108,7 +113,10 @@ fn parse_query(text: &str) -> Result<Vec<(String, String)>> {
 }
 
 /// The project in a host: the label in front of the base name, or of an address of this machine.
-fn project_of(host: &str, base_host: &str) -> Result<Option<String>> {
+///
+/// # Errors
+/// 400 for a host that is not the service's.
+pub(crate) fn project_of(host: &str, base_host: &str) -> Result<Option<String>> {
     let without_port = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
         _ => host,

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use crate::{
     api::Plan,
     auth::authenticate,
-    call::Call,
+    call::{self, Call},
     console,
     error::{ApiError, Result},
     memory::Memory,
@@ -44,13 +44,14 @@ pub(crate) async fn handle(
     let id = request_id();
     // The HTTP library keeps room for this future as long as a connection is open, idle ones
     // included: the large ones are boxed.
+    let host = call::host(request.headers(), request.uri());
     if request.method() == Method::GET
-        && let Some(answer) = Box::pin(operation(&service, peer, request.uri().path())).await
+        && let Some(answer) = Box::pin(operation(&service, peer, host, request.uri().path())).await
     {
         return Ok(answer.into_response(&id));
     }
     let of_console = console::owns(request.uri().path());
-    let answer = match Box::pin(call(&service, request)).await {
+    let answer = match Box::pin(answer(&service, request)).await {
         Ok(answer) => answer,
         Err(error) => {
             tracing::info!(id, code = error.code, status = error.status.as_u16(), "refused");
@@ -72,13 +73,21 @@ fn request_id() -> String {
 }
 
 /// Answers the requests of operators and their tools, which have no signature.
-async fn operation(service: &Arc<Service>, peer: SocketAddr, path: &str) -> Option<Answer> {
+async fn operation(
+    service: &Arc<Service>,
+    peer: SocketAddr,
+    host: &str,
+    path: &str,
+) -> Option<Answer> {
     Some(match path {
         "/healthz" => Answer::text(StatusCode::OK, "ok\n"),
         "/readyz" if *service.stopping.borrow() => {
             Answer::text(StatusCode::SERVICE_UNAVAILABLE, "stopping\n")
         }
         "/readyz" => Answer::text(StatusCode::OK, "ready\n"),
+        // A browser on this machine may have been led here by a name of another site. As a call, the
+        // request is refused for its host.
+        _ if call::project_of(host, &service.base_host).is_err() => return None,
         // Metrics name every Logstore.
         "/metrics" if !peer.ip().to_canonical().is_loopback() => {
             Answer::text(StatusCode::FORBIDDEN, "metrics are for this machine alone\n")
@@ -92,7 +101,7 @@ async fn operation(service: &Arc<Service>, peer: SocketAddr, path: &str) -> Opti
     })
 }
 
-async fn call(service: &Arc<Service>, request: Request<Incoming>) -> Result<Answer> {
+async fn answer(service: &Arc<Service>, request: Request<Incoming>) -> Result<Answer> {
     let (parts, mut body) = request.into_parts();
     let head = (|| {
         let call = Call::new(parts, &service.base_host)?;
@@ -141,7 +150,7 @@ async fn read_body(
     };
     let len = announced.unwrap_or(max);
     if len > max {
-        return Err(too_large(call, CONTENT_LENGTH.as_str()));
+        return Err(too_large(call, CONTENT_LENGTH.as_str(), max));
     }
     if len == 0 {
         return Ok((Bytes::new(), None));
@@ -152,7 +161,7 @@ async fn read_body(
         let mut bytes = BytesMut::with_capacity(announced.unwrap_or(0));
         while let Some(part) = next_part(body).await? {
             if part.len() > max - bytes.len() {
-                return Err(too_large(call, CONTENT_LENGTH.as_str()));
+                return Err(too_large(call, CONTENT_LENGTH.as_str(), max));
             }
             bytes.extend_from_slice(&part);
         }

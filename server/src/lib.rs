@@ -27,6 +27,7 @@ mod admin;
 mod api;
 mod auth;
 mod call;
+mod calls;
 pub mod client;
 mod compression;
 mod console;

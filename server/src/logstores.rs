@@ -159,6 +159,9 @@ fn check_fields(fields: &Map<String, Value>) -> Result<()> {
 /// # Errors
 /// 400, if a type of encryption is missing or unknown with the message of the service.
 fn encrypt_conf(value: &Value) -> Result<EncryptConf> {
+    if !value.is_object() || value.get("user_cmk_info").is_some_and(Value::is_array) {
+        return Err(invalid("encrypt_conf", "a JSON object, and user_cmk_info in it, too"));
+    }
     let kind = value.get("encrypt_type").and_then(Value::as_str);
     let enable = value.get("enable").and_then(Value::as_bool);
     if kind.is_some_and(|kind| !matches!(kind, "default" | "sm4"))

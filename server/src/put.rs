@@ -52,7 +52,11 @@ impl Head {
         let raw_size = usize::try_from(raw_size).ok().filter(|&size| size <= RAW_BYTES_MAX);
         let form = Form::of_request(call.header(HEADER))?;
         let shard = if is_routed { routed(call)? } else { ShardChoice::RoundRobin };
-        Ok(Self { form, raw_size: raw_size.ok_or_else(|| too_large(call, RAW_SIZE))?, shard })
+        Ok(Self {
+            form,
+            raw_size: raw_size.ok_or_else(|| too_large(call, RAW_SIZE, RAW_BYTES_MAX))?,
+            shard,
+        })
     }
 
     /// The longest body, in bytes.
@@ -86,9 +90,10 @@ impl Head {
     }
 }
 
-pub(crate) fn too_large(call: &Call, header: &str) -> ApiError {
+/// The refusal of a body whose size, in this header, is more than `max` bytes.
+pub(crate) fn too_large(call: &Call, header: &str, max: usize) -> ApiError {
     let size = call.header(header).unwrap_or("of the request");
-    let message = format!("Body size {size} must little than {RAW_BYTES_MAX}.");
+    let message = format!("Body size {size} must little than {max}.");
     ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "PostBodyTooLarge", message)
 }
 

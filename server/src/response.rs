@@ -15,7 +15,7 @@ use hyper::{
 use serde::Serialize;
 use tokio::sync::mpsc::Receiver;
 
-use crate::memory::Memory;
+use crate::{calls::UnderWay, memory::Memory};
 
 /// The name of the header with the id of a request.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-log-requestid");
@@ -29,6 +29,8 @@ pub(crate) struct Chunks {
     memory: Option<Memory>,
     /// Pieces that are still to be made.
     coming: Option<Receiver<Bytes>>,
+    /// The call that this answers.
+    call: Option<UnderWay>,
 }
 
 impl Chunks {
@@ -42,6 +44,11 @@ impl Chunks {
     /// A body whose pieces are made while it is sent.
     pub(crate) fn coming(pieces: Receiver<Bytes>) -> Self {
         Self { coming: Some(pieces), ..Self::default() }
+    }
+
+    /// The body of the answer to this call, which is under way until the body has been sent.
+    pub(crate) fn of_call(&mut self, call: UnderWay) {
+        self.call = Some(call);
     }
 
     /// The bytes that are left, as far as they are known.

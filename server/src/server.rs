@@ -1,9 +1,10 @@
 //! The server: its settings, its listener, its connections, and its end.
 
 use std::{
+    convert::Infallible,
     future::Future,
     io,
-    net::{self, SocketAddr},
+    net::{self, IpAddr, SocketAddr},
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
@@ -27,6 +28,7 @@ use tokio_io_timeout::TimeoutStream;
 use crate::{
     admin::{Admin, Administration},
     auth::{AccessKeys, KeysError},
+    calls::{Calls, UntilStop},
     console::Console,
     groups::Groups,
     http,
@@ -220,6 +222,12 @@ impl ServerBuilder {
                 ));
             }
         }
+        if !is_host(&self.base_host) {
+            return Err(ServeError::Setting(format!(
+                "base_host is {:?}, it must be a host name without a scheme and a port",
+                self.base_host
+            )));
+        }
         if self.memory_max < 32 << 20 || self.connections_max == 0 {
             let why = "memory_max must be at least 32 MiB, and connections_max at least 1";
             return Err(ServeError::Setting(why.to_owned()));
@@ -317,6 +325,15 @@ impl Server {
     }
 }
 
+/// Whether this is a name of DNS, or an IP address.
+fn is_host(name: &str) -> bool {
+    let is_label = |label: &str| {
+        let is_part = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+        (1..=63).contains(&label.len()) && label.bytes().all(is_part)
+    };
+    name.parse::<IpAddr>().is_ok() || (name.len() <= 253 && name.split('.').all(is_label))
+}
+
 /// Reads the state of the service on a store.
 pub(crate) fn open(
     settings: &ServerBuilder,
@@ -391,7 +408,13 @@ async fn https(
     tls: Arc<Tls>,
     watcher: hyper_util::server::graceful::Watcher,
 ) {
-    match timeout(HANDSHAKE_TIME_MAX, tls.acceptor().accept(stream)).await {
+    let mut stopping = service.stopping.clone();
+    let handshake = timeout(HANDSHAKE_TIME_MAX, tls.acceptor().accept(stream));
+    let shaken = tokio::select! {
+        shaken = handshake => shaken,
+        Ok(_) = stopping.wait_for(|stopping| *stopping) => return,
+    };
+    match shaken {
         Ok(Ok(stream)) => http(service, stream, peer, watcher).await,
         Ok(Err(error)) => tracing::debug!(%error, %peer, "no TLS"),
         Err(_) => tracing::debug!(%peer, "the TLS handshake takes too long"),
@@ -404,7 +427,17 @@ pub(crate) async fn http(
     peer: SocketAddr,
     watcher: hyper_util::server::graceful::Watcher,
 ) {
-    let handler = service_fn(move |request| http::handle(Arc::clone(&service), peer, request));
+    let calls = Calls::default();
+    let stream = UntilStop::new(stream, calls.clone(), service.stopping.clone());
+    let handler = service_fn(move |request| {
+        let call = calls.begin();
+        let answer = http::handle(Arc::clone(&service), peer, request);
+        async move {
+            let mut answer = answer.await?;
+            answer.body_mut().of_call(call);
+            Ok::<_, Infallible>(answer)
+        }
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME_MAX)

@@ -26,12 +26,17 @@ const BYTES: usize = 1000;
 
 fn service() -> (TempDir, Arc<Service>) {
     let dir = tempfile::tempdir().unwrap();
+    let (_, stopping) = watch::channel(false);
+    let service = service_of(&dir, stopping);
+    (dir, service)
+}
+
+fn service_of(dir: &TempDir, stopping: watch::Receiver<bool>) -> Arc<Service> {
     let path = |name| dir.path().join(name);
     let store = Store::builder(path("store"), path("keyring"), AwsLc::new()).create().unwrap();
-    let (_, stopping) = watch::channel(false);
     let settings = Server::builder().state_dir(path("state"));
     let service = open(&settings, None, store, std::time::SystemTime::now(), stopping).unwrap();
-    (dir, Arc::new(service))
+    Arc::new(service)
 }
 
 /// Sends the begin of a request, and then a byte each `pause`. Returns the answer, and when the
@@ -57,6 +62,31 @@ async fn trickle(service: &Arc<Service>, begin: &str, pause: Duration) -> (Strin
     let mut answer = String::new();
     from.read_to_string(&mut answer).await.unwrap();
     (answer, began.elapsed())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_waits_for_no_head_that_is_incomplete() {
+    for begin in ["", "P", "POST / HTTP/1.1\r\nHost: sls.local\r\nx-log-"] {
+        let dir = tempfile::tempdir().unwrap();
+        let (stop, stopping) = watch::channel(false);
+        let service = service_of(&dir, stopping);
+        let (mut client, connection) = duplex(1 << 20);
+        let graceful = GracefulShutdown::new();
+        let peer = SocketAddr::from(([127, 0, 0, 1], 1));
+        let serving = tokio::spawn(http(service, connection, peer, graceful.watcher()));
+        // The answer to a first call, and a part of the head of a second one.
+        client.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+        let mut first = [0; 8];
+        client.read_exact(&mut first).await.unwrap();
+        client.write_all(begin.as_bytes()).await.unwrap();
+        sleep(SECOND).await;
+        assert!(!serving.is_finished(), "{begin:?}");
+        let began = Instant::now();
+        stop.send(true).unwrap();
+        graceful.shutdown().await;
+        serving.await.unwrap();
+        assert!(began.elapsed() < SECOND, "{begin:?}: {:?}", began.elapsed());
+    }
 }
 
 const PUT: &str = "POST /logstores/one/shards/lb HTTP/1.1\r\nHost: app.sls.local\r\n\

@@ -213,6 +213,10 @@ fn each_fault_of_a_put_has_its_code_and_stores_nothing() {
     ] {
         assert_eq!(ask.refused(&world, status), code, "{:?}", ask.headers);
     }
+    // The message has the limit of the call.
+    let large = Ask::new("PUT", "/logstores/one").json(vec![b' '; (64 << 10) + 1]).send(&world);
+    assert_eq!((large.status, &*large.code()), (413, "PostBodyTooLarge"));
+    assert!(large.text().contains("Body size 65537 must little than 65536."), "{}", large.text());
     // A bomb: 10 MiB of zeros, announced as 1 KiB, and as more than the limit.
     let bomb = lz4_flex::block::compress(&vec![0; 10 << 20]);
     for (size, code) in [("1024", "PostBodyUncompressError"), ("1073741824", "PostBodyTooLarge")] {
@@ -740,6 +744,54 @@ fn operators_see_health_and_metrics_without_a_signature() {
         assert!(metrics.contains(word), "{word}: {metrics}");
     }
     assert!(metrics.ends_with("# EOF\n") && metrics.matches("# EOF").count() == 1);
+    // A page of another site reads nothing by a name of its own for this machine.
+    let from = |host: &str, path: &str| {
+        let ask = Ask { host: host.to_owned(), ..Ask::new("GET", path) };
+        common::exchange(world.address, &ask.raw(&[])).status
+    };
+    for path in ["/metrics", "/console", "/console/main.js"] {
+        for host in ["evil.example:8099", "", "sls.local.evil.example"] {
+            assert_eq!(from(host, path), 400, "{host} {path}");
+        }
+        for host in ["127.0.0.1:8099", "[::1]:8099", "localhost", "sls.local:8099"] {
+            assert_eq!(from(host, path), 200, "{host} {path}");
+        }
+    }
+    assert_eq!((from("evil.example", "/healthz"), from("", "/readyz")), (200, 200));
+}
+
+#[test]
+fn a_base_host_is_a_host_name() {
+    let bind = |name: &str| Server::builder().base_host(name).bind("127.0.0.1:0".parse().unwrap());
+    for name in ["", "http://x", "a b", "x:8099", "a..b", ".a", "é", &"a.".repeat(130)] {
+        let refusal = bind(name).map(drop).unwrap_err().to_string();
+        assert!(refusal.contains("base_host"), "{name}: {refusal}");
+    }
+    for name in ["sls.local", "Logs.Example-1.org", "127.0.0.1", "localhost"] {
+        bind(name).unwrap();
+    }
+}
+
+#[test]
+fn an_encryption_is_a_json_object() {
+    let world = World::new();
+    world.create("one", &json!({ "enable": true, "encrypt_type": "sm4" }));
+    for conf in [
+        json!([true, "sm4"]),
+        json!([]),
+        json!("sm4"),
+        json!({ "enable": true,
+        "encrypt_type": "sm4", "user_cmk_info": ["k", "a", "r"] }),
+    ] {
+        let body = json!({ "logstoreName": "two", "ttl": 1, "encrypt_conf": conf });
+        let ask = Ask::new("POST", "/logstores").json(body.to_string());
+        assert_eq!(ask.refused(&world, 400), "LogStoreInfoInvalid", "{conf}");
+    }
+    let put = |body: &str| Ask::new("PUT", "/logstores/one/encryption").json(body);
+    assert_eq!(put("[false, \"sm4\"]").refused(&world, 400), "PostBodyInvalid");
+    assert_eq!(put("{}").send(&world).status, 200);
+    let get = world.ok("GET", "/logstores/one", &NULL).json();
+    assert_eq!(get["encrypt_conf"]["enable"], json!(true));
 }
 
 #[test]

@@ -42,6 +42,10 @@ pub(crate) fn run(setup: &Setup, args: &ServeArgs) -> Result {
 }
 
 fn listen(setup: &Setup, args: &ServeArgs) -> Result<Server> {
+    if let Some(dir) = args.backup_dir.as_deref().filter(|dir| !dir.is_dir()) {
+        let message = format!("--backup-dir {} is not a directory", dir.display());
+        return Err(Failure::usage(message));
+    }
     let host = Host::new(setup.clone(), args.backup_dir.clone());
     let mut builder = Server::builder()
         .administration(Arc::new(host))

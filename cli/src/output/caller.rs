@@ -33,7 +33,7 @@ pub(crate) enum Piece {
     Progress(Step),
     /// A part of the file that the command writes, in base64. The caller knows its name.
     File(String),
-    /// The end of the command. Without it, the command was not done.
+    /// The end of the command. Without it, the end is unknown.
     End(End),
 }
 
@@ -66,9 +66,15 @@ impl End {
     }
 
     pub(crate) fn result(self) -> Result {
-        match self.error {
-            Some(failure) => Err(failure.with_status(Status::of_number(self.status))),
-            None => Ok(()),
+        match (self.error, Status::of_number(self.status)) {
+            (None, Status::Done) => Ok(()),
+            // Not a success, whatever the status says.
+            (Some(failure), Status::Done) => Err(failure.with_status(Status::Other)),
+            (Some(failure), status) => Err(failure.with_status(status)),
+            (None, status) => {
+                let message = "the command has failed, and the service does not say why";
+                Err(Failure::new(status, "failed", message))
+            }
         }
     }
 }

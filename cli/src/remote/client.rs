@@ -43,7 +43,7 @@ const ACCEPT_TIME_MAX: Duration = Duration::from_secs(60);
 /// How long the service may be silent: it sends something every ten seconds.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// The longest line of an answer, in bytes. The whole audit log may be one.
-const LINE_BYTES_MAX: u64 = 1 << 30;
+const LINE_BYTES_MAX: u64 = 64 << 20;
 const SIGN_AGAIN_AFTER: Duration = Duration::from_millis(1100);
 const REFUSAL_BYTES_MAX: u64 = 64 << 10;
 const ID_VARIABLE: &str = "ENVELOG_ACCESS_KEY_ID";
@@ -88,6 +88,7 @@ impl Service {
 
     /// Has the service run a command, and prints its output as if it ran here.
     pub(crate) fn run(self, call: Call) -> Result {
+        output::escape_all();
         // Refuse here what needs no service to check.
         call.logstore()?;
         let request = Request { call, json: self.json };
@@ -106,7 +107,7 @@ impl Service {
         let mut printer = Printer::default();
         while let Some(line) = lines.next()? {
             match serde_json::from_str(&line) {
-                Ok(Piece::End(end)) => return printer.end(end, request.call.out()),
+                Ok(Piece::End(end)) => return printer.end(end, &request),
                 Ok(piece) => printer.print(piece, request.call.out())?,
                 Err(error) => {
                     let why = format!("the answer of the service is not as expected: {error}");
@@ -168,7 +169,15 @@ fn address(endpoint: &str) -> Result<(String, String)> {
     {
         return Err(wrong("is a scheme, a host and a port, and nothing more"));
     }
-    let bare = authority.host().trim_start_matches('[').trim_end_matches(']');
+    let host = authority.host().to_ascii_lowercase();
+    // What follows the host must be a port, which the parser of URLs does not check.
+    let port = &authority.as_str()[host.len()..];
+    if host.is_empty()
+        || !(port.is_empty() || authority.port_u16().is_some_and(|number| number > 0))
+    {
+        return Err(wrong("needs a host, and a port from 1 to 65535 if there is a colon"));
+    }
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
     let is_here =
         bare == "localhost" || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
     match uri.scheme_str() {
@@ -178,7 +187,7 @@ fn address(endpoint: &str) -> Result<(String, String)> {
         _ => return Err(wrong("must be an https: URL")),
     }
     let scheme = uri.scheme_str().unwrap_or_default();
-    Ok((format!("{scheme}://{authority}{PATH}"), authority.host().to_owned()))
+    Ok((format!("{scheme}://{host}{port}{PATH}"), host))
 }
 
 /// The access key: from the file, or from the environment.
@@ -236,7 +245,7 @@ fn refusal(response: Response<Body>) -> Refusal {
 
 fn broken(why: &str) -> Failure {
     let message = format!(
-        "{why} before the end of the command: it may go on there, or not be done; `keys audit` and `status` show what is"
+        "{why} before the end of the command: it may go on there, or not be done; `keys audit` shows whether it began, `status` what is now"
     );
     Failure::new(Status::Unavailable, "service_unreachable", message)
 }
@@ -246,7 +255,7 @@ struct Lines(std::sync::mpsc::Receiver<std::io::Result<String>>);
 
 impl Lines {
     fn of(response: Response<Body>) -> Result<Self> {
-        let (sender, receiver) = sync_channel(16);
+        let (sender, receiver) = sync_channel(1);
         let read = move || read_lines(response, &sender);
         thread::Builder::new()
             .name("answer".to_owned())
@@ -273,7 +282,11 @@ fn read_lines(response: Response<Body>, sender: &SyncSender<std::io::Result<Stri
     let mut reader = BufReader::new(response.into_body().into_reader());
     loop {
         let mut line = String::new();
-        let read = (&mut reader).take(LINE_BYTES_MAX).read_line(&mut line);
+        let read = (&mut reader).take(LINE_BYTES_MAX + 1).read_line(&mut line);
+        let read = read.and_then(|_| match line.len() as u64 {
+            ..=LINE_BYTES_MAX => Ok(line.len()),
+            _ => Err(too_long()),
+        });
         let sent = match read {
             Ok(0) => return,
             Ok(_) => sender.send(Ok(line)),
@@ -288,6 +301,12 @@ fn read_lines(response: Response<Body>, sender: &SyncSender<std::io::Result<Stri
     }
 }
 
+fn too_long() -> std::io::Error {
+    let mib = LINE_BYTES_MAX >> 20;
+    let why = format!("a line has more than {mib} MiB; `keys audit --out FILE` has shorter ones");
+    std::io::Error::other(why)
+}
+
 /// Prints the output of a command that runs elsewhere.
 #[derive(Default)]
 struct Printer {
@@ -295,6 +314,9 @@ struct Printer {
     progress: Option<(Step, Progress)>,
     /// The file that the command makes, as far as it has come.
     file: Option<Vec<u8>>,
+    has_file: bool,
+    has_answer: bool,
+    has_text: bool,
 }
 
 impl Printer {
@@ -307,10 +329,13 @@ impl Printer {
             let part = STANDARD.decode(part);
             let part = part.map_err(|error| Failure::other(format!("no base64: {error}")))?;
             self.file.get_or_insert_default().extend(part);
+            self.has_file = true;
             return Ok(());
         }
         self.progress = None;
         self.write_file(out)?;
+        self.has_answer |= matches!(piece, Piece::Answer(_));
+        self.has_text |= matches!(piece, Piece::Line(_) | Piece::Table(_) | Piece::WideTable(_));
         match piece {
             Piece::Line(text) => output::line(text),
             Piece::Answer(json) => output::json_of_text(json.get()),
@@ -324,10 +349,21 @@ impl Printer {
         }
     }
 
-    fn end(mut self, end: End, out: Option<&Path>) -> Result {
+    fn end(mut self, end: End, request: &Request) -> Result {
         self.progress = None;
-        self.write_file(out)?;
-        end.result()
+        self.write_file(request.call.out())?;
+        end.result()?;
+        let is_whole = match &request.call {
+            call if call.out().is_some() => self.has_file,
+            _ if request.json => self.has_answer,
+            // As text, a store without Logstores may need no word.
+            Call::List | Call::Status(_) => true,
+            _ => self.has_answer || self.has_text,
+        };
+        if is_whole {
+            return Ok(());
+        }
+        Err(Failure::other("the service says that the command is done, and has sent no answer"))
     }
 
     fn show(&mut self, step: Step) {
@@ -370,6 +406,8 @@ mod tests {
             ("http://127.0.0.1:8099", "http://127.0.0.1:8099/admin", "127.0.0.1"),
             ("http://[::1]:8099", "http://[::1]:8099/admin", "[::1]"),
             ("http://localhost:1", "http://localhost:1/admin", "localhost"),
+            ("HTTPS://Logs.Example:65535", "https://logs.example:65535/admin", "logs.example"),
+            ("Http://LOCALHOST", "http://localhost/admin", "localhost"),
         ] {
             let (found_url, found_host) = address(endpoint).unwrap();
             assert_eq!((&*found_url, &*found_host), (url, host));
@@ -383,6 +421,13 @@ mod tests {
             "https://host?query",
             "logs.example.org",
             "",
+            "http://127.0.0.1:99999",
+            "http://127.0.0.1:65536",
+            "http://127.0.0.1:0",
+            "http://127.0.0.1:",
+            "https://host:-1",
+            "https://host:1:2",
+            "https://:1",
         ] {
             let refused = address(endpoint).unwrap_err();
             assert_eq!(refused.status(), Status::Usage, "{endpoint}");

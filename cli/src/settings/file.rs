@@ -18,6 +18,9 @@ use crate::{
     input,
 };
 
+/// The setting whose value is the URL of a service.
+const ENDPOINT: &str = "endpoint";
+
 /// The settings of a file. Their values are valid.
 pub(super) struct SettingsFile {
     pub(super) path: PathBuf,
@@ -113,6 +116,11 @@ fn values(name: &str, value: &DeValue<'_>, command: &Command) -> Result<Vec<Stri
             "{name} has a PIN in it, and a settings file holds no secrets: name a file with the PIN, pin-source=file:PATH"
         ));
     }
+    if name == ENDPOINT && values.iter().any(|value| value.contains('@')) {
+        return Err(format!(
+            "{name} is a URL without a user and a password: the access key is in the file of access-key"
+        ));
+    }
     check(arg, &values)?;
     Ok(values)
 }
@@ -176,6 +184,13 @@ mod tests {
     fn parsed(text: &str) -> Result<Vec<Parsed>, (usize, String)> {
         let entries = parse(text, &command())?;
         Ok(entries.into_iter().map(|entry| (entry.name, entry.line, entry.values)).collect())
+    }
+
+    #[test]
+    fn an_endpoint_has_no_password() {
+        let (line, why) = parsed("\nendpoint = \"https://u:secret@x\"").unwrap_err();
+        assert!(line == 2 && why.contains("access-key") && !why.contains("secret"), "{why}");
+        assert!(parsed("endpoint = \"https://logs.example.org\"").is_ok());
     }
 
     #[test]
