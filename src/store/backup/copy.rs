@@ -56,9 +56,17 @@ impl Copier<'_> {
     /// Otherwise the new file replaces it, so that a process that ends in between leaves the one or
     /// the other. It also replaces an empty directory, and any other object that is no directory.
     ///
+    /// A file that is as long and has other contents may be the only sound one: it keeps its name if
+    /// `is_sound` says that the source is not.
+    ///
     /// # Errors
-    /// [`Error::WrongFileType`] for a directory with contents; [`Error::Io`].
-    pub(in crate::store) fn segment(&self, source: &CopySource, path: &Path) -> Result<Done> {
+    /// [`Error::WrongFileType`] for a directory with contents; [`Error::Io`]; those of `is_sound`.
+    pub(in crate::store) fn segment(
+        &self,
+        source: &CopySource,
+        path: &Path,
+        is_sound: impl FnOnce() -> Result<bool>,
+    ) -> Result<Done> {
         let bytes = source.extent.bytes();
         let mut found = self.to.stat(path).map_err(Error::io("look for", path))?;
         if found.is_some_and(|found| found.kind == FileKind::Directory) {
@@ -67,7 +75,7 @@ impl Copier<'_> {
         }
         if let Some(found) = found
             && found.kind == FileKind::File
-            && self.has_segment(source, path, found.len)?
+            && (self.has_segment(source, path, found.len)? || found.len >= bytes && !is_sound()?)
         {
             return Ok(Done::Present(found.len));
         }
@@ -79,24 +87,6 @@ impl Copier<'_> {
         }
         self.copy(&*source.file, bytes, path)?;
         Ok(Done::Copied(bytes))
-    }
-
-    /// The length of the file under `path`, if it is as long as the segment and has other contents.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub(in crate::store) fn differs(
-        &self,
-        source: &CopySource,
-        path: &Path,
-    ) -> Result<Option<u64>> {
-        let found = self.to.stat(path).map_err(Error::io("look for", path))?;
-        let is_long = |len| len >= source.extent.bytes();
-        let found = found.filter(|found| found.kind == FileKind::File && is_long(found.len));
-        match found {
-            Some(found) if !self.has_segment(source, path, found.len)? => Ok(Some(found.len)),
-            _ => Ok(None),
-        }
     }
 
     /// Removes the directory under `path`, unless it has contents.

@@ -1,10 +1,10 @@
 //! The copy of one Logstore.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc};
 
 use super::{
     Run, check_keys,
-    copy::{Copier, Done, Whole},
+    copy::{Copier, Whole},
     source::View,
     with_shards,
 };
@@ -12,7 +12,7 @@ use crate::{
     Error, ErrorKind, Result,
     config::LogstoreName,
     logstore::shard_dir,
-    shard::{CopySource, Head, SegmentRef, Shard, ShardRecord},
+    shard::{Head, SegmentRef, Shard, ShardRecord},
     store::{
         catalogue::Entry,
         inspect::{VerifyReport, verify_copy},
@@ -187,10 +187,16 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
         let path = self.run.target.path_of(&self.run.core.env.dir, &segment.path);
         let whole = if self.run.options.copy { Whole::Copied } else { Whole::Shared };
         let copier = Copier { to: self.run.target.disk(), whole };
-        let done = match self.kept(shard, segment, &source, &copier, &path)? {
-            Some(done) => Ok(done),
-            None => copier.segment(&source, &path),
+        // Damage in front of the footer shows only in a verification of the whole segment.
+        let mut found = VerifyReport::default();
+        let is_sound = || {
+            let keyless = check_keys(&self.view.logstore).is_err();
+            let wanted = BTreeSet::from([segment.ordinal]);
+            verify_copy(&mut found, keyless, &self.name, shard, &wanted)?;
+            Ok(found.faults.is_empty())
         };
+        let done = copier.segment(&source, &path, is_sound);
+        self.run.verified.faults.append(&mut found.faults);
         let done = match done {
             // A directory has the name, so the backup does not have the segment.
             Err(error) if error.kind() == ErrorKind::Integrity => {
@@ -209,30 +215,6 @@ impl<'r, 'a> CopyLogstore<'r, 'a> {
         self.run.report.add(&done);
         self.run.advance(done.bytes());
         Ok(Outcome::Copied { is_new: !done.is_present() })
-    }
-
-    /// The file that the backup has of a segment, if it differs from the store's and is as long, and
-    /// the store's is damaged. The damage is noted. Such damage may be in front of the footer, where
-    /// only a verification of the whole segment finds it.
-    fn kept(
-        &mut self,
-        shard: &Shard,
-        segment: &SegmentRef,
-        source: &CopySource,
-        copier: &Copier<'_>,
-        path: &Path,
-    ) -> Result<Option<Done>> {
-        if source.damage.is_some() {
-            return Ok(None);
-        }
-        let Some(len) = copier.differs(source, path)? else { return Ok(None) };
-        let keyless = check_keys(&self.view.logstore).is_err();
-        let mut report = VerifyReport::default();
-        let wanted = BTreeSet::from([segment.ordinal]);
-        verify_copy(&mut report, keyless, &self.name, shard, &wanted)?;
-        let is_damaged = !report.faults.is_empty();
-        self.run.verified.faults.append(&mut report.faults);
-        Ok(is_damaged.then_some(Done::Present(len)))
     }
 
     /// Verifies the new segments, and finds the heads behind them.
