@@ -113,8 +113,8 @@ pub(crate) fn for_stdout(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
     if is_shown() { visible(bytes, kind) } else { Cow::Borrowed(bytes) }
 }
 
-/// Escapes a text for standard error, also where that is a file: a message or a log event is one
-/// line there, whatever names it has.
+/// Escapes a text for standard error, also if that is a file: a message or a log event stays on one
+/// line, even if a name in it has a line break.
 pub(crate) fn for_stderr(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
     visible(bytes, kind)
 }

@@ -1,5 +1,5 @@
-//! Administrative commands with `--endpoint`: what they print, who may send them, and what becomes
-//! of them when a connection or a process ends in the middle.
+//! Administrative commands with `--endpoint`: their output, the permissions that they need, and how
+//! they end when a connection or a process ends in the middle.
 
 #![allow(clippy::unwrap_used)]
 

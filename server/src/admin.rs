@@ -1,5 +1,6 @@
-//! `POST /admin`: administrative commands, while the service runs. What the commands are is up to
-//! the program that serves: the service checks who asks, records it, and carries the output.
+//! `POST /admin`: administrative commands, while the service runs. The program that embeds the
+//! service defines the commands. The service checks the caller, records the command in the audit log,
+//! and sends the output.
 
 use std::{
     fmt,

@@ -32,8 +32,8 @@ struct KeyInfo {
 }
 
 impl Body {
-    /// The `encrypt_conf` that it asks for. What it leaves out is as it is now: the method, the
-    /// algorithm and the key of a Logstore are fixed once they are set.
+    /// The `encrypt_conf` that the body asks for. A field that it leaves out keeps its present value:
+    /// the method, the algorithm and the key of a Logstore are fixed once they are set.
     ///
     /// # Errors
     /// 400 if neither says whether new data is encrypted.

@@ -6,6 +6,7 @@ use lz4_flex::block::{
     CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size,
 };
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroize;
 use zstd::zstd_safe::{compress_bound, find_frame_compressed_size, get_frame_content_size};
 
 use super::BLOCK_RAW_BYTES_MAX;
@@ -124,6 +125,10 @@ impl Compressor {
                 compression
             }
             None => {
+                // The attempt may be longer than `raw`, and has parts of it.
+                if let Some(behind) = room.get_mut(raw.len()..) {
+                    behind.zeroize();
+                }
                 out.truncate(start);
                 out.extend_from_slice(raw);
                 Compression::None

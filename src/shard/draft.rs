@@ -41,6 +41,12 @@ impl Draft {
         self.batch.last().map_or(0, |last| last.seq + 1)
     }
 
+    /// The batch of a draft that is not sealed. Wipes the payload.
+    pub(super) fn into_batch(mut self) -> Vec<Pending> {
+        self.buffer.wipe();
+        self.batch
+    }
+
     fn new(Input { batch, buffer, compression }: Input, scratch: &mut Scratch) -> Self {
         Self::with_floor(batch, buffer, compression, 0, scratch)
     }
@@ -120,11 +126,7 @@ impl Run {
     pub(super) fn into_rest(self, scratch: &mut Scratch) -> Vec<Pending> {
         let rest = self.drafts.into_iter().flat_map(|draft| match draft.begin() {
             Some(input) => input.batch,
-            None => {
-                let Draft { batch, mut buffer, .. } = draft.settle(scratch);
-                buffer.wipe();
-                batch
-            }
+            None => draft.settle(scratch).into_batch(),
         });
         rest.collect()
     }

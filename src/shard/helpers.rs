@@ -49,7 +49,7 @@ pub(super) trait Job: Send + Sync {
 pub(crate) struct Helpers {
     queue: Arc<Queue>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    /// Buffers that hold no plaintext.
+    /// Buffers of sealed blocks.
     buffers: Mutex<Vec<SealBuffer>>,
     /// Whether payloads are hashed at all. Only a benchmark that discards its store turns this off.
     hashes: bool,
@@ -138,10 +138,15 @@ impl Helpers {
         }
     }
 
-    /// Overwrites the plaintext that the threads have worked on. Waits for the jobs under way.
+    /// Overwrites the plaintext that the threads have worked on, and the buffers: a compressor may
+    /// have left some behind the block. Waits for the jobs under way.
     pub(super) fn wipe(&self) {
         for scratch in &self.queue.scratches {
             lock(scratch).wipe();
+        }
+        let buffers = std::mem::take(&mut *lock(&self.buffers));
+        for mut buffer in buffers {
+            buffer.wipe();
         }
     }
 }
@@ -176,6 +181,8 @@ enum State<I, O> {
     /// A thread is at work, or the result was taken.
     Begun,
     Done(O),
+    /// The thread at work has panicked.
+    Panicked,
 }
 
 impl<I, O> Deferred<I, O> {
@@ -193,9 +200,8 @@ impl<I, O> Deferred<I, O> {
     /// Does the work, unless a thread has begun it. Returns whether it did.
     pub(super) fn run(&self, scratch: &mut Scratch) -> bool {
         let Some(input) = self.begin() else { return false };
-        let output = (self.work)(input, scratch);
-        *lock(&self.state) = State::Done(output);
-        self.done.notify_all();
+        let mut end = End { job: self, state: State::Panicked };
+        end.state = State::Done((self.work)(input, scratch));
         true
     }
 
@@ -211,21 +217,39 @@ impl<I, O> Deferred<I, O> {
         }
     }
 
-    /// Whether the result is there.
+    /// Whether no thread is at work on it any more.
     pub(super) fn is_done(&self) -> bool {
-        matches!(*lock(&self.state), State::Done(_))
+        matches!(*lock(&self.state), State::Done(_) | State::Panicked)
     }
 
     /// Takes the result. Does the work if no thread has begun it, and waits for a thread that has.
+    ///
+    /// # Panics
+    /// If that thread has panicked.
     pub(super) fn settle(&self, scratch: &mut Scratch) -> O {
         self.run(scratch);
         let mut state = lock(&self.state);
         loop {
             match std::mem::replace(&mut *state, State::Begun) {
                 State::Done(output) => return output,
+                State::Panicked => panic!("a helper has panicked"),
                 _ => state = wait(&self.done, state),
             }
         }
+    }
+}
+
+/// Puts the state at the end of the work in place, also if the work panics: otherwise the thread that
+/// needs the result would wait for ever.
+struct End<'a, I, O> {
+    job: &'a Deferred<I, O>,
+    state: State<I, O>,
+}
+
+impl<I, O> Drop for End<'_, I, O> {
+    fn drop(&mut self) {
+        *lock(&self.job.state) = std::mem::replace(&mut self.state, State::Begun);
+        self.job.done.notify_all();
     }
 }
 
@@ -277,6 +301,25 @@ mod tests {
     }
 
     #[test]
+    fn a_helper_that_panics_leaves_no_thread_waiting() {
+        let helpers = Helpers::new(true);
+        helpers.spawn().unwrap();
+        let job =
+            Deferred::new(1, |_: u32, _: &mut Scratch| -> u32 { panic!("as the test wants") });
+        assert!(helpers.push(&job));
+        while !job.is_done() {
+            std::thread::yield_now();
+        }
+        let settle = std::panic::AssertUnwindSafe(|| job.settle(&mut Scratch::default()));
+        assert!(std::panic::catch_unwind(settle).is_err());
+        // The others are done all the same.
+        let next = Deferred::new(2, double);
+        helpers.push(&next);
+        assert_eq!(next.settle(&mut Scratch::default()), 4);
+        helpers.stop();
+    }
+
+    #[test]
     fn wiping_leaves_no_plaintext() {
         let helpers = Helpers::new(true);
         helpers.spawn().unwrap();
@@ -285,7 +328,9 @@ mod tests {
         while !job.is_done() {
             std::thread::yield_now();
         }
+        helpers.give_back(SealBuffer::default());
         helpers.wipe();
+        assert!(lock(&helpers.buffers).is_empty());
         let scratches = &helpers.queue.scratches;
         assert!(scratches.iter().all(|scratch| lock(scratch).raw.is_empty()));
         helpers.stop();

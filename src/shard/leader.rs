@@ -531,7 +531,7 @@ impl Shard {
             match self.write_block(writer, &mut draft, keys) {
                 Ok(()) => self.note_written(writer, draft.batch, keys, losses),
                 Err(error) => {
-                    let mut left = draft.batch;
+                    let mut left = draft.into_batch();
                     left.append(&mut writer.end_run(run));
                     return self.not_written(writer, left, error, keys);
                 }

@@ -716,8 +716,9 @@ impl Reader {
     ) -> Result<()> {
         (self.cursor, self.at) = (None, Some(segment.last_ordinal()));
         let opened = match self.list.open_listed(segment) {
-            // Everything authentic in front of the damage is read. What is forged or exchanged is not,
-            // also if an operator has accepted that: a segment of a fork has authentic blocks.
+            // The reader returns every authentic record in front of the damage. It reads no forged or
+            // exchanged segment, even if an operator has accepted that one: a segment of a fork has
+            // authentic blocks.
             Err(error) if error.is_loss() => Some(self.list.open_damaged(segment, error)?),
             opened => opened?,
         };

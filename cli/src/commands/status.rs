@@ -136,7 +136,7 @@ fn data_key(version: &DataKeyStatus) -> String {
 }
 
 /// Prints the lines below the table: the service key, the anchor, a suspended retention, an
-/// incomplete reserve, what was lost, and the shards that stopped writing.
+/// incomplete reserve, the losses, and the shards that stopped writing.
 fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
     if let Some(cmk) = store.keys().service_cmk() {
         let status = store.keys().service_key_status();

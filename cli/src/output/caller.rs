@@ -68,7 +68,7 @@ impl End {
     pub(crate) fn result(self) -> Result {
         match (self.error, Status::of_number(self.status)) {
             (None, Status::Done) => Ok(()),
-            // Not a success, whatever the status says.
+            // An error is a failure, even if the service sent the status of a success with it.
             (Some(failure), Status::Done) => Err(failure.with_status(Status::Other)),
             (Some(failure), status) => Err(failure.with_status(status)),
             (None, status) => {

@@ -164,7 +164,7 @@ mod tests {
         assert_eq!(after(&limiter, Use::Other, start), Some(1));
         assert_eq!(passed(start + Duration::from_millis(100)), 1);
         assert_eq!(passed(start + Duration::from_millis(350)), 3);
-        // Time that nobody uses gives no more than a second's worth. A clock that goes back, none.
+        // An idle minute earns the calls of one second. A clock that goes back earns none.
         assert_eq!(passed(start + Duration::from_secs(60)), 10);
         assert_eq!(passed(start), 0);
     }

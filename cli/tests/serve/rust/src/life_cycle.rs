@@ -15,7 +15,7 @@ pub(crate) async fn run(conf: &EncryptConf) {
     let logs = data(&client, conf).await;
     consumer_groups(&client).await;
     later_encryption(&client, conf).await;
-    // S4: what was written stays readable when encryption is switched off.
+    // S4: the logs that are stored stay readable when encryption is switched off.
     let off = EncryptConf { enable: false, ..conf.clone() };
     client.update_logstore(PROJECT, LOGSTORE).encrypt_conf(off).send().await.unwrap();
     put(&client, PROJECT, LOGSTORE, "in the clear").await.unwrap();
