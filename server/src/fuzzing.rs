@@ -3,7 +3,7 @@
 
 #![allow(missing_docs)]
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use envelog::Store;
 use hyper_util::server::graceful::GracefulShutdown;
@@ -11,6 +11,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, duplex},
     join,
     sync::watch,
+    time::timeout,
 };
 
 use crate::{
@@ -23,9 +24,15 @@ use crate::{
 /// Room for any request, and for most answers.
 const PIPE_BYTES: usize = 1 << 20;
 
-/// A service without a listener. It is about to stop, so no call waits for logs.
+/// The service stops when a call takes longer. The tail of the console ends only then.
+const CALL_TIME_MAX: Duration = Duration::from_secs(120);
+
+/// A service without a listener.
 #[derive(Debug)]
-pub struct Fuzzed(Arc<Service>);
+pub struct Fuzzed {
+    service: Arc<Service>,
+    stopping: watch::Sender<bool>,
+}
 
 impl Fuzzed {
     /// # Errors
@@ -37,8 +44,9 @@ impl Fuzzed {
     ) -> Result<Self, ServeError> {
         let settings = Server::builder().state_dir(state_dir);
         let keys = access_keys.map(|path| AccessKeys::load(&path)).transpose()?;
-        let (_, stopping) = watch::channel(true);
-        Ok(Self(Arc::new(open(&settings, keys, store, std::time::SystemTime::now(), stopping)?)))
+        let (stopping, is_stopping) = watch::channel(false);
+        let service = open(&settings, keys, store, std::time::SystemTime::now(), is_stopping)?;
+        Ok(Self { service: Arc::new(service), stopping })
     }
 
     /// Answers the bytes of a connection, behind which the client waits. Needs a runtime whose time
@@ -48,14 +56,19 @@ impl Fuzzed {
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
         // Connections end when this is dropped.
         let graceful = GracefulShutdown::new();
-        let served = http(Arc::clone(&self.0), connection, peer, graceful.watcher());
+        let served = http(Arc::clone(&self.service), connection, peer, graceful.watcher());
         let exchanged = async {
             // The service may close the connection early.
             let _ = client.write_all(request).await;
             let mut answer = Vec::new();
-            let _ = client.read_to_end(&mut answer).await;
+            if timeout(CALL_TIME_MAX, client.read_to_end(&mut answer)).await.is_err() {
+                self.stopping.send_replace(true);
+                let _ = client.read_to_end(&mut answer).await;
+            }
             answer
         };
-        join!(served, exchanged).1
+        let (_, answer) = join!(served, exchanged);
+        self.stopping.send_replace(false);
+        answer
     }
 }

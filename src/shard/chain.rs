@@ -48,10 +48,9 @@ impl Default for Chain {
 impl Chain {
     /// A segment as the catalogue proves it, without a key. `None` when it is behind the head that
     /// the catalogue has, or when it, or a segment between it and the head, is lost, or another
-    /// object is in its place. An accepted
-    /// loss interrupts the chain for the lost segments only: it names the end in front of it. Reads
-    /// header and footer of each segment from the head down to this one, once, and the blocks of
-    /// those that were cut or are open.
+    /// object is in its place. An accepted loss interrupts the chain for the lost segments only: it
+    /// names the end in front of it. Reads header and footer of each segment from the head down to
+    /// this one, once, and the blocks of those that were cut or are open.
     ///
     /// # Errors
     /// A segment on the way is not the one that the catalogue, or its successor, names;

@@ -1,8 +1,8 @@
 //! Following a shard: readers that wait for more at the end.
 //!
 //! [`GroupCommit`](super::commit::GroupCommit) wakes the followers of a shard when a block is
-//! written, when the key is lost, when the shard becomes read-only, and when it is closed. In a store that is open for reading,
-//! a job wakes them every 100 ms: another process writes there.
+//! written, when the key is lost, when the shard becomes read-only, and when it is closed. In a
+//! store that is open for reading, a job wakes them every 100 ms: another process writes there.
 
 use std::{
     future::Future,
